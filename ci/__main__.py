@@ -1,0 +1,198 @@
+"""``python -m ci``: the stages, in order, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dflash_plugin import errors, matrix
+from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
+
+from . import environment_cli, lint, lock, pipeline, plan, report, serve
+from .pipeline import CHECK, MEASURE
+from .plan import Overrides, Plan
+from .records import CellResult
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ci", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="STAGE")
+
+    _plan_arguments(commands.add_parser("plan", help="list the cells and settings of a run"))
+    environment_cli.add_arguments(commands.add_parser("env", help="build engine environments"))
+    lock.add_arguments(commands.add_parser("lock", help="write or check the lock files"))
+    run = commands.add_parser("run", help="every stage of the chosen cells")
+    _run_arguments(run)
+    run.add_argument("--save", action="store_true", help="keep the results in docs/results/")
+    for name, what in ((CHECK, "lossless and faithful only"), (MEASURE, "speed only")):
+        _run_arguments(commands.add_parser(name, help=what))
+    server = commands.add_parser("serve", help="start one cell's server and keep it up")
+    _cell_arguments(server)
+    server.add_argument("--mode", choices=["base", "dflash"], default="dflash")
+    server.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    rewrite = commands.add_parser("report", help="write the report of an earlier run again")
+    rewrite.add_argument("--out", type=Path, default=Path("out/run"))
+    rewrite.add_argument("--save", action="store_true", help="keep the results in docs/results/")
+    rewrite.add_argument("--readme", action="store_true", help="rewrite the README's table")
+    rewrite.add_argument("--check", action="store_true", help="with --readme: only compare")
+    commands.add_parser("lint", help="offline checks of the repository's own data")
+
+    args = parser.parse_args(argv)
+    # A polite kill leaves by the same door as Ctrl-C: servers stopped, nothing half-written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return errors.run_cli(lambda: _COMMANDS[args.command](args))
+
+
+def _cell_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cells", nargs="*", metavar="CELL", help="ids or globs; none: all")
+    parser.add_argument("--matrix", type=Path, help="another compat_matrix.toml")
+    parser.add_argument("--target", type=Path, help="target folder instead of the pair's")
+    parser.add_argument("--draft", type=Path, help="draft folder instead of the pair's")
+    parser.add_argument(
+        "--reference-draft", type=Path, help="hold the engine against this draft's replay"
+    )
+    parser.add_argument("--num-speculative-tokens", type=int, metavar="K")
+    parser.add_argument(
+        "--env-python", action="append", default=[], metavar="ENGINE_ID=PATH",
+        help="use this interpreter's engine instead of building an environment",
+    )  # fmt: skip
+    parser.add_argument("--port", type=int, default=0, help="of the dflash server (default: free)")
+    parser.add_argument("--ready-timeout", type=float, default=serve.READY_TIMEOUT, metavar="S")
+    parser.add_argument("--compiled", action="store_true", help="let the bf16 engines compile")
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _cell_arguments(parser)
+    parser.add_argument("--profile", default="demo", help="how much is run (default: demo)")
+    parser.add_argument(
+        "--prompts", action="append", default=[], metavar="FILE.jsonl[:COUNT]",
+        help="prompts of your own; may be repeated (default: the packaged ones)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _plan_arguments(parser)
+    parser.add_argument("--out", type=Path, default=Path("out/run"), help="results folder")
+    parser.add_argument("--resume", action="store_true", help="reuse finished, unchanged stages")
+
+
+def _make_plan(args: argparse.Namespace) -> Plan:
+    pairs = []
+    for text in args.env_python:
+        engine_id, sep, path = text.partition("=")
+        if not sep or not Path(path).exists():
+            raise UsageError(
+                f"--env-python {text}: expected ENGINE_ID=PATH of an existing interpreter",
+                hint="for example --env-python vllm-0.32.0=/path/to/venv/bin/python",
+            )
+        pairs.append((engine_id, Path(path)))
+    overrides = Overrides(
+        target=args.target,
+        draft=args.draft,
+        reference_draft=args.reference_draft,
+        num_speculative_tokens=args.num_speculative_tokens,
+        env_python=tuple(pairs),
+        port=args.port,
+        ready_timeout=args.ready_timeout,
+        compiled=args.compiled,
+    )
+    profile = getattr(args, "profile", "demo")
+    return plan.make(
+        matrix.load(args.matrix), args.cells, profile, getattr(args, "prompts", ()), overrides
+    )
+
+
+def _plan(args: argparse.Namespace) -> int:
+    made = _make_plan(args)
+    if args.json:
+        print(json.dumps(made.to_json(), indent=1))
+    else:
+        print(*(cell.id for cell in made.cells), sep="\n")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    stages = {CHECK: [CHECK], MEASURE: [MEASURE]}.get(args.command, [CHECK, MEASURE])
+    made = _make_plan(args)
+    results: list[CellResult] = []
+    error: DFlashError | None = None
+    for cell in made.cells:
+        try:
+            result = pipeline.run_cell(cell, made, args.out, stages=stages, resume=args.resume)
+        except DFlashError as err:
+            error, result = err, pipeline.aborted(cell, err)
+        results.append(result)
+        report.write(args.out, results)
+        print(report.summary(result), flush=True)
+    if getattr(args, "save", False):
+        report.save(results)
+    print(f"wrote {args.out / 'report.json'} and {args.out / 'report.md'}")
+    if error is not None:
+        raise error
+    wanted = {CHECK: ("lossless", "faithful"), MEASURE: ("faster",)}
+    names = [name for stage in stages for name in wanted[stage]]
+    known = matrix.load(args.matrix).known_failures
+    problems = [line for result in results for line in report.surprises(result, names, known)]
+    if problems:
+        raise VerdictFailedError("; ".join(problems), hint=f"see {args.out / 'report.md'}")
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    made = _make_plan(args)
+    if len(made.cells) != 1:
+        raise UsageError(
+            f"serve takes one cell, found {len(made.cells)}", hint="python -m ci plan lists them"
+        )
+    run = pipeline.prepare(made.cells[0], made, Path("out/serve"))
+    spec = run.server(args.mode == "dflash", args.dtype)
+    with serve.serve_all([spec], timeout=args.ready_timeout) as (client,):
+        print(f"{client.base_url}/v1 serves model {client.model!r}; Ctrl-C stops it", flush=True)
+        while client.ready():
+            time.sleep(1)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    if args.readme:
+        fresh = report.readme(matrix.load(), check=args.check)
+        if args.check and not fresh:
+            raise VerdictFailedError("README.md is stale", hint="python -m ci report --readme")
+        return 0
+    results = report.read(args.out)
+    report.write(args.out, results)
+    if args.save:
+        report.save(results)
+    print(report.markdown(results), end="")
+    return 0
+
+
+def _lint(_: argparse.Namespace) -> int:
+    problems = lint.problems()
+    print(*problems, sep="\n", end="\n" if problems else "")
+    if problems:
+        raise VerdictFailedError(f"{len(problems)} problem(s)", hint="see the lines above")
+    return 0
+
+
+_COMMANDS = {
+    "plan": _plan,
+    "env": environment_cli.run,
+    "lock": lock.run,
+    "run": _run,
+    CHECK: _run,
+    MEASURE: _run,
+    "serve": _serve,
+    "report": _report,
+    "lint": _lint,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

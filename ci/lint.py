@@ -1,0 +1,67 @@
+"""Offline checks of the data in this repository: seconds, no engine, no network."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from dflash_plugin import matrix
+from dflash_plugin.errors import DFlashError
+
+from . import lock, report
+
+ROOT = Path(__file__).parents[1]
+_MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home/\w+|root|work|tmp|opt)/[\w.-]+")
+MAX_LINES = 450
+
+
+def problems() -> list[str]:
+    """Every problem found, one line each; empty when all is well."""
+    return [*_matrix(), *_locks(), *_readme(), *_files()]
+
+
+def _matrix() -> list[str]:
+    try:
+        data = matrix.load()
+    except DFlashError as err:
+        return [err.message]
+    return [
+        f"{data.path.name}: {engine.id} {build.platform}: no lock {build.lock}"
+        for engine in data.engines.values()
+        for build in engine.builds.values()
+        if not (lock.LOCKS / build.lock).exists()
+    ]
+
+
+def _locks() -> list[str]:
+    return [p for path in sorted(lock.LOCKS.glob("*.txt")) for p in lock.lock_problems(path)]
+
+
+def _readme() -> list[str]:
+    try:
+        fresh = report.readme(matrix.load(), check=True)
+    except (DFlashError, OSError) as err:
+        return [str(err)]
+    return [] if fresh else ["README.md: support table is stale: python -m ci report --readme"]
+
+
+def _files() -> list[str]:
+    found = []
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix not in {".py", ".toml", ".md", ".yml", ".json", ".jsonl", ".txt", ""}:
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue
+        if path.suffix == ".py" and len(lines) > MAX_LINES:
+            found.append(f"{name}: {len(lines)} lines, at most {MAX_LINES}")
+        for number, line in enumerate(lines, 1):
+            if _MACHINE_PATH.search(line):
+                found.append(f"{name}:{number}: a path of one machine: {line.strip()[:80]}")
+    return found

@@ -1,0 +1,336 @@
+"""One cell through the stages: environment -> serve -> check -> measure -> result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dflash_plugin import checkpoint, demo, hub, pair
+from dflash_plugin.backends.server import ServerClient
+from dflash_plugin.errors import DFlashError, UsageError
+from dflash_plugin.matrix import Cell
+
+from . import check, environment, measure, prompts, replay
+from .environment import Environment
+from .plan import Overrides, Plan
+from .records import ABORTED, UNTESTED, CellResult, Verdict, load_json, overall, save_json
+from .serve import ServerSpec, serve_all
+
+CHECK, MEASURE = "check", "measure"
+EXACT_DTYPE, FAST_DTYPE = "float32", "bfloat16"
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """A cell with everything resolved: folders, environments, settings."""
+
+    cell: Cell
+    plan: Plan
+    folder: Path
+    target: Path
+    draft: Path
+    reference_draft: Path
+    num_speculative_tokens: int
+    environment: Environment
+    reference: Environment
+
+    def server(self, draft: bool, dtype: str, *, record: Path | None = None) -> ServerSpec:
+        """What to start for one arm."""
+        arm = "dflash" if draft else "base"
+        overrides = self.plan.overrides
+        return ServerSpec(
+            cell=self.cell,
+            environment=self.environment,
+            target=self.target,
+            draft=self.draft if draft else None,
+            num_speculative_tokens=self.num_speculative_tokens,
+            dtype=dtype,
+            log=self.folder / f"server-{arm}-{dtype}.log",
+            eager=dtype == EXACT_DTYPE or not overrides.compiled,
+            record=record,
+            port=overrides.port if draft else 0,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything a number depends on and a reader needs, without paths."""
+        return {
+            "profile": asdict(self.plan.profile),
+            "prompt_set": self.plan.prompt_set,
+            "template": "chat, one user message",
+            "temperature": 0.0,
+            "num_speculative_tokens": self.num_speculative_tokens,
+            "dtype": {"exact": EXACT_DTYPE, "fast": FAST_DTYPE},
+            "compiled": self.plan.overrides.compiled,
+            "draft_sha256": _weights_hash(self.draft),
+            "reference_draft_sha256": _weights_hash(self.reference_draft),
+        }
+
+
+def run_cell(
+    cell: Cell,
+    plan: Plan,
+    out: Path,
+    *,
+    stages: Collection[str] = (CHECK, MEASURE),
+    resume: bool = False,
+) -> CellResult:
+    """Run the stages of one cell and judge them.
+
+    Stages write their raw data to ``<out>/cells/<cell id>/`` as they finish; with
+    ``resume`` those whose settings are unchanged are read back instead of run.
+
+    Raises:
+        DFlashError: nothing was judged; use :func:`aborted` to record it.
+    """
+    run = prepare(cell, plan, out)
+    resolved = pair.preflight(run.target, run.draft, run.num_speculative_tokens)
+    pair.require(resolved)
+    stage = _Stages(run, resume)
+    profile = plan.profile
+    exact = replayed = control = speed = None
+
+    if CHECK in stages:
+        chosen = prompts.spread(plan.prompts, profile.lossless_prompts)
+        exact = stage("exact", lambda: _exact(run, chosen))
+        replayed = stage("replay", lambda: _replay(run, exact))
+
+    def control_stage(base: ServerClient, dflash: ServerClient) -> dict[str, Any]:
+        return check.run_control(
+            base,
+            dflash,
+            prompts.spread(plan.prompts, profile.control_prompts),
+            max_tokens=profile.max_tokens,
+            width=run.num_speculative_tokens + 1,
+        )
+
+    def speed_stage(base: ServerClient, dflash: ServerClient) -> dict[str, Any]:
+        return measure.run_speed(
+            base,
+            dflash,
+            prompts.spread(plan.prompts, profile.speed_prompts),
+            max_tokens=profile.max_tokens,
+            rounds=profile.speed_rounds,
+            concurrency=profile.concurrency,
+        )
+
+    wanted = {"control": CHECK, "speed": MEASURE}
+    missing = [n for n, s in wanted.items() if s in stages and not stage.done(n)]
+    servers = _lazy_servers(run) if missing else _no_servers()
+    with servers as clients:
+        if CHECK in stages:
+            control = stage("control", lambda: control_stage(*clients()))
+        if MEASURE in stages:
+            speed = stage("speed", lambda: speed_stage(*clients()))
+    return judge(run, exact, replayed, control, speed)
+
+
+def judge(
+    run: CellRun,
+    exact: Mapping[str, Any] | None,
+    replayed: Mapping[str, Any] | None,
+    control: Mapping[str, Any] | None,
+    speed: Mapping[str, Any] | None,
+) -> CellResult:
+    """The cell's result from its stages' raw data; stages not run stay "not run"."""
+    lossless = faithful = faster = UNTESTED
+    al = al_reference = speedup = None
+    if exact is not None and replayed is not None:
+        lossless = check.judge_lossless(exact, control)
+        faithful = check.judge_faithful(exact, replayed, run.cell.pair.expected)
+        al, al_reference = faithful.evidence["al"], faithful.evidence["al_reference"]
+    if speed is not None:
+        summary = measure.summarise(speed)
+        faster = measure.judge_faster(summary)
+        speedup = next((row["speedup"] for row in summary if row["concurrency"] == 1), None)
+    verdicts = {"lossless": lossless, "faithful": faithful, "faster": faster}
+    status, reason = overall(verdicts)
+    raw = {"exact": exact, "replay": replayed, "control": control, "speed": speed}
+    return CellResult(
+        id=run.cell.id,
+        status=status,
+        reason=reason,
+        **verdicts,
+        al=al,
+        al_reference=al_reference,
+        speedup=speedup,
+        environment=_facts(run),
+        settings=run.settings(),
+        raw={name: data for name, data in raw.items() if data is not None},
+    )
+
+
+def aborted(cell: Cell, error: DFlashError) -> CellResult:
+    """A result for a cell whose run ended in an error."""
+    untested = Verdict("not_run", "the run was aborted")
+    return CellResult(
+        id=cell.id,
+        status=ABORTED,
+        reason=str(error),
+        lossless=untested,
+        faithful=untested,
+        faster=untested,
+        settings={"exit_code": error.exit_code},
+    )
+
+
+def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:
+    """Resolve a cell's models and environments, building what is not there yet."""
+    overrides = plan.overrides
+    if overrides.target is not None:
+        target = _local(overrides.target)
+        draft = _local(overrides.draft) if overrides.draft else None
+    elif cell.pair.embedded:
+        embedded = demo.demo_pair()
+        target = embedded.target
+        draft = _local(overrides.draft) if overrides.draft else embedded.draft
+    else:
+        target = hub.local_folder(cell.pair.target) or hub.fetch(
+            cell.pair.target, cell.pair.target_revision, weights=True
+        )
+        draft = hub.local_folder(cell.pair.draft) or hub.fetch(
+            cell.pair.draft, cell.pair.draft_revision, weights=True
+        )
+    if draft is None:
+        raise UsageError("--target without --draft", hint="name both halves of the pair")
+    folder = out / "cells" / cell.id
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"{cell.id}: environments")
+    return CellRun(
+        cell=cell,
+        plan=plan,
+        folder=folder,
+        target=target,
+        draft=draft,
+        reference_draft=_local(overrides.reference_draft) if overrides.reference_draft else draft,
+        num_speculative_tokens=overrides.num_speculative_tokens or cell.pair.num_speculative_tokens,
+        environment=engine_environment(cell, overrides),
+        reference=environment.ensure_reference(),
+    )
+
+
+def engine_environment(cell: Cell, overrides: Overrides) -> Environment:
+    """The cell's environment: the interpreter the user named, or a built one."""
+    for engine_id, python in overrides.env_python:
+        if engine_id == cell.engine.id:
+            return environment.adopt(python, cell.engine, cell.variant.plugin)
+    return environment.ensure_engine(cell.engine, cell.platform, plugin=cell.variant.plugin)
+
+
+def say(text: str) -> None:
+    """One progress line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _exact(run: CellRun, chosen: list[prompts.Prompt]) -> dict[str, Any]:
+    record = run.folder / "blocks.jsonl"
+    record.unlink(missing_ok=True)
+    specs = [run.server(False, EXACT_DTYPE), run.server(True, EXACT_DTYPE, record=record)]
+    with _servers(run, specs) as (base, dflash):
+        return check.run_exact(
+            base,
+            dflash,
+            chosen,
+            max_tokens=run.plan.profile.max_tokens,
+            num_speculative_tokens=run.num_speculative_tokens,
+            record=record,
+        )
+
+
+def _replay(run: CellRun, exact: Mapping[str, Any]) -> dict[str, Any]:
+    say(f"{run.cell.id}: the reference replays {len(exact['sequences'])} answers")
+    return replay.replay(
+        run.reference,
+        run.target,
+        run.reference_draft,
+        run.num_speculative_tokens,
+        [{k: seq[k] for k in ("id", "prompt", "generated")} for seq in exact["sequences"]],
+    )
+
+
+@contextmanager
+def _servers(run: CellRun, specs: list[ServerSpec]) -> Iterator[list[ServerClient]]:
+    say(f"{run.cell.id}: starting {len(specs)} servers in {specs[0].dtype}")
+    start = time.monotonic()
+    with serve_all(specs, timeout=run.plan.overrides.ready_timeout) as clients:
+        say(f"{run.cell.id}: ready after {time.monotonic() - start:.0f} s")
+        yield clients
+
+
+@contextmanager
+def _lazy_servers(run: CellRun) -> Iterator[Callable[[], list[ServerClient]]]:
+    specs = [run.server(False, FAST_DTYPE), run.server(True, FAST_DTYPE)]
+    with _servers(run, specs) as clients:
+        yield lambda: clients
+
+
+@contextmanager
+def _no_servers() -> Iterator[Callable[[], list[ServerClient]]]:
+    yield list
+
+
+class _Stages:
+    """Runs a stage and keeps its raw data, or reads it back."""
+
+    def __init__(self, run: CellRun, resume: bool) -> None:
+        self.folder, self.resume = run.folder, resume
+        facts = {**run.settings(), "environment": run.environment.packages}
+        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def done(self, name: str) -> bool:
+        """Whether :meth:`__call__` would only read it back."""
+        path = self.folder / f"{name}.json"
+        return self.resume and path.exists() and load_json(path).get("key") == self.key
+
+    def __call__(self, name: str, produce: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        if self.done(name):
+            say(f"{name}: read back from {path}")
+            data: dict[str, Any] = load_json(path)["data"]
+            return data
+        data = produce()
+        save_json(path, {"key": self.key, "data": data})
+        return data
+
+
+def _local(path: Path) -> Path:
+    folder = hub.local_folder(str(path))
+    if folder is None:
+        raise UsageError(f"{path}: expected a local model folder", hint="download it first")
+    return folder
+
+
+def _weights_hash(folder: Path) -> str:
+    hashes = [checkpoint.sha256_file(path) for path in checkpoint.weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _facts(run: CellRun) -> dict[str, Any]:
+    return {
+        "kind": run.environment.kind,
+        "packages": dict(run.environment.packages),
+        "reference_packages": dict(run.reference.packages),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{names[0] if names else 'unknown'} ({' '.join(known)})"

@@ -1,0 +1,88 @@
+"""Which cells a command runs, and with what settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from dflash_plugin.errors import UnknownCellError
+from dflash_plugin.matrix import Cell, Matrix, Profile
+
+from . import prompts
+from .prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a person may change on the command line; None: as the matrix says.
+
+    ``reference_draft``: the draft the reference replays with, to hold an engine that
+    serves a doubtful ``draft`` against one known to be good.
+    """
+
+    target: Path | None = None
+    draft: Path | None = None
+    reference_draft: Path | None = None
+    num_speculative_tokens: int | None = None
+    env_python: tuple[tuple[str, Path], ...] = ()
+    port: int = 0
+    ready_timeout: float = 600.0
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells in matrix order, and what is done in each."""
+
+    cells: tuple[Cell, ...]
+    profile: Profile
+    prompts: tuple[Prompt, ...]
+    prompt_set: str
+    overrides: Overrides = Overrides()
+
+    def to_json(self) -> dict[str, Any]:
+        """For `python -m ci plan --json` and workflows."""
+        return {
+            "cells": [cell.id for cell in self.cells],
+            "profile": asdict(self.profile),
+            "prompts": {"set": self.prompt_set, "count": len(self.prompts)},
+        }
+
+
+def make(
+    matrix: Matrix,
+    cells: Sequence[str],
+    profile: str,
+    prompt_files: Sequence[str] = (),
+    overrides: Overrides | None = None,
+) -> Plan:
+    """Resolve names; ids and globs of cells, none meaning all.
+
+    Raises:
+        UnknownCellError: a name or glob that matches nothing.
+        UsageError: a prompt file that cannot be read.
+    """
+    chosen = []
+    for name in cells:
+        if any(c in name for c in "*?["):
+            matching = [cell for cell in matrix.cells if fnmatchcase(cell.id, name)]
+            if not matching:
+                raise UnknownCellError(
+                    f"{matrix.path}: no cell matches {name!r}", hint="python -m ci plan lists them"
+                )
+            chosen += matching
+        else:
+            chosen.append(matrix.cell(name))
+    selected = chosen if cells else list(matrix.cells)
+    loaded = prompts.load(prompt_files)
+    label = "+".join(Path(f).name for f in prompt_files) if prompt_files else "packaged"
+    return Plan(
+        cells=tuple({cell.id: cell for cell in selected}.values()),
+        profile=matrix.profile(profile),
+        prompts=tuple(loaded),
+        prompt_set=f"{label}@{prompts.digest(loaded)}",
+        overrides=overrides or Overrides(),
+    )

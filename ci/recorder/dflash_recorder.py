@@ -1,0 +1,54 @@
+"""Writes every block an engine drafts to a file; runs inside the engine's process.
+
+An instrument of the harness, the same for stock and plugin cells, put on the
+engine's path (see ``ci/serve.py``) and found through its entry point. It only
+looks: the proposal it returns is the engine's own object.
+
+One JSON line per request and proposal: ``position`` (absolute index of the last
+known token), ``known`` (its id), ``draft`` (the proposed ids).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``; does nothing unless ``DFLASH_RECORD`` is set."""
+    path = os.environ.get("DFLASH_RECORD")
+    if not path:
+        return
+    from vllm.v1.spec_decode import llm_base_proposer
+
+    wrap(llm_base_proposer.SpecDecodeBaseProposer, path)
+
+
+def wrap(proposer, path):  # type: ignore[no-untyped-def]
+    """Replace ``proposer.propose`` (class) by one that also records; idempotent."""
+    original = proposer.propose
+    if getattr(original, "records_blocks", False):
+        return
+
+    def propose(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        # Before the call: it rewrites its input buffers.
+        positions = kwargs["target_positions"]
+        if positions.dim() > 1:  # M-RoPE repeats text positions in three rows
+            positions = positions[0]
+        metadata = kwargs["common_attn_metadata"]
+        ends = metadata.query_start_loc[1 : metadata.num_reqs + 1].long() - 1
+        rejected = kwargs.get("num_rejected_tokens_gpu")
+        if rejected is not None:
+            ends = ends - rejected[: metadata.num_reqs].long()
+        last = positions[ends].tolist()
+        known = kwargs["next_token_ids"].tolist()
+        result = original(self, *args, **kwargs)
+        with Path(path).open("a", encoding="utf-8") as file:
+            for position, token, draft in zip(last, known, result.tolist(), strict=True):
+                line = {"position": position + 1, "known": token, "draft": draft}
+                file.write(json.dumps(line) + "\n")
+        return result
+
+    propose.records_blocks = True
+    proposer.propose = propose

@@ -1,0 +1,62 @@
+"""The reference's view of an engine's tokens, computed in an environment with torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dflash_plugin
+from dflash_plugin.errors import ReplayError
+
+from .environment import Environment
+
+_THREADS = str(max(1, os.cpu_count() or 1))
+
+
+def replay(
+    reference: Environment,
+    target: Path,
+    draft: Path,
+    num_speculative_tokens: int,
+    sequences: Sequence[Mapping[str, Any]],
+    *,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """``python -m dflash_plugin.reference replay`` over ``sequences``.
+
+    Args:
+        sequences: dicts with ``id``, ``prompt`` and ``generated`` (token ids).
+
+    Returns:
+        Its JSON document: per sequence the steps with ``position``, ``known``, ``draft``,
+        ``gaps`` and ``accepted``; over all of them ``al`` and ``stats``.
+
+    Raises:
+        ReplayError: the process failed; the message has its last lines.
+    """
+    with tempfile.TemporaryDirectory(prefix="dflash-replay-") as folder:
+        given, found = Path(folder) / "in.json", Path(folder) / "out.json"
+        given.write_text(json.dumps({"sequences": list(sequences)}), encoding="utf-8")
+        command = [
+            *(str(reference.python), "-m", "dflash_plugin.reference", "replay"),
+            *("--target", str(target), "--draft", str(draft)),
+            *("--k", str(num_speculative_tokens), "--dtype", dtype, "--threads", _THREADS),
+            *("--input", str(given), "--output", str(found)),
+        ]
+        root = str(Path(dflash_plugin.__file__).parents[1])
+        env = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+        # Its progress bar goes to our stderr; only a failure's text is wanted here.
+        answer = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        if answer.returncode != 0:
+            tail = "\n".join(f"    | {line}" for line in answer.stderr.splitlines()[-8:])
+            raise ReplayError(
+                f"the reference's replay ended with exit code {answer.returncode}\n{tail}",
+                hint="run it by hand: " + " ".join(command[:8]),
+            )
+        document: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        return document

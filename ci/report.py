@@ -1,0 +1,249 @@
+"""Cell results -> report.json, report.md, docs/results/ and the README's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dflash_plugin.errors import UsageError
+from dflash_plugin.matrix import Known, Matrix
+
+from .records import FAILED, NOT_RUN, PASSED, CellResult, Verdict, load_json, result_path, save_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- support:begin (python -m ci report --readme) -->", "<!-- support:end -->"
+
+
+def write(out: Path, results: Sequence[CellResult]) -> None:
+    """``report.json`` (full, with raw data) and ``report.md`` in ``out``."""
+    save_json(out / "report.json", [result.to_json() for result in results])
+    path = out / "report.md"
+    path.write_text(markdown(results), encoding="utf-8")
+
+
+def read(out: Path) -> list[CellResult]:
+    """The results of an earlier run in ``out``."""
+    path = out / "report.json"
+    data = load_json(path)
+    if not isinstance(data, list):
+        raise UsageError(f"{path}: expected a list of cell results")
+    return [CellResult.from_json(row, str(path)) for row in data]
+
+
+def save(results: Sequence[CellResult], root: Path = RESULTS) -> list[Path]:
+    """Keep results for the repository: verdicts and numbers, no tokens, no logs."""
+    paths = []
+    for result in results:
+        path = result_path(root, result.id)
+        save_json(path, replace(result, raw=_slim(result.raw)).to_json())
+        paths.append(path)
+    return paths
+
+
+def saved(matrix: Matrix, root: Path = RESULTS) -> list[CellResult]:
+    """One result per cell of the matrix; a cell without a file is "not run"."""
+    results = []
+    for cell in matrix.cells:
+        path = result_path(root, cell.id)
+        if path.exists():
+            results.append(CellResult.from_json(load_json(path), str(path)))
+        else:
+            results.append(CellResult(cell.id, NOT_RUN, "no recorded run"))
+    return results
+
+
+def markdown(results: Sequence[CellResult]) -> str:
+    """A report for people: one table, then each cell's evidence in sentences."""
+    lines = ["# dflash-plugin: results", "", *table(results), ""]
+    for result in results:
+        lines += [f"## {result.id}", "", f"**{_words(result.status)}**"]
+        if result.reason:
+            lines[-1] += f": {result.reason}"
+        lines.append("")
+        lines += [f"- {line}" for line in _details(result)]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def table(results: Sequence[CellResult]) -> list[str]:
+    """The Markdown table of verdicts."""
+    lines = [
+        "| cell | status | lossless | faithful | AL (reference) | speed-up, batch 1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        al = "–" if r.al is None else f"{r.al:.2f} ({_number(r.al_reference)})"
+        lines.append(
+            f"| `{r.id}` | {_words(r.status)} | {_words(r.lossless.status)} "
+            f"| {_words(r.faithful.status)} | {al} | {_speedup(r)} |"
+        )
+    return lines
+
+
+def surprises(
+    result: CellResult,
+    verdicts: Sequence[str],
+    known: Callable[[str], Mapping[str, Known]],
+) -> list[str]:
+    """Verdicts that did not come out as they should: the reasons a run fails.
+
+    A verdict has to pass, or has to fail where the matrix knows that it does.
+    """
+    lines = []
+    rows = known(result.id)
+    for name in verdicts:
+        verdict: Verdict = getattr(result, name)
+        if name in rows:
+            if verdict.status != FAILED:
+                lines.append(
+                    f"{result.id}: {name} is {_words(verdict.status)}, but the matrix says it "
+                    f"fails until {rows[name].until}"
+                )
+        elif verdict.status != PASSED:
+            lines.append(f"{result.id}: not {name} ({verdict.reason})")
+    return lines
+
+
+def summary(result: CellResult) -> str:
+    """What `make demo` prints: three verdicts and the speed-up."""
+    lines = [f"{result.id}: {_words(result.status)}"]
+    if result.reason:
+        lines.append(f"  {result.reason}")
+    for name in ("lossless", "faithful", "faster"):
+        verdict: Verdict = getattr(result, name)
+        lines.append(f"  {name:<9} {_words(verdict.status)}")
+    if result.al is not None:
+        lines.append(
+            f"  AL        {result.al:.3f} (reference's replay: {_number(result.al_reference, 3)})"
+        )
+    for level in result.faster.evidence.get("levels", []):
+        kinds = ", ".join(f"{k} {v:.2f}x" for k, v in level["by_kind"].items())
+        low, high = level["spread"]
+        lines.append(
+            f"  speed-up  {level['speedup']:.2f}x at concurrency {level['concurrency']} "
+            f"({low:.2f}–{high:.2f} over {level['rounds']} interleaved rounds; {kinds})"
+        )
+    return "\n".join(lines)
+
+
+def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RESULTS) -> bool:
+    """Rewrite the README's support block from the saved results.
+
+    Returns:
+        Whether the block was up to date. With ``check`` nothing is written.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        head, rest = text.split(BEGIN, 1)
+        _, tail = rest.split(END, 1)
+    except ValueError as err:
+        raise UsageError(
+            f"{path}: no {BEGIN} … {END} block", hint="put the two lines back"
+        ) from err
+    results = saved(matrix, root)
+    block = "\n".join([*table(results), "", *_provenance(results)])
+    fresh = f"{head}{BEGIN}\n\n{block}\n{END}{tail}"
+    if fresh != text and not check:
+        path.write_text(fresh, encoding="utf-8")
+    return fresh == text
+
+
+def _details(result: CellResult) -> list[str]:
+    lines = []
+    exact = result.lossless.evidence.get("float32")
+    if exact:
+        lines.append(
+            f"lossless: float32, {exact['equal']} of {exact['prompts']} prompts "
+            f"({exact['tokens']} tokens) equal to the same engine without speculation"
+        )
+    control = result.lossless.evidence.get("bfloat16")
+    if control:
+        lines.append(
+            f"bfloat16: {control['diverged']} of {control['prompts']} answers part from plain "
+            f"decoding somewhere (largest gap {_number(control['gaps']['max'], 3)} nats); plain "
+            f"decoding at batch {control['control_width']} parts from itself in "
+            f"{control['control_diverged']} (largest gap "
+            f"{_number(control['control_gaps']['max'], 3)})"
+        )
+    evidence = result.faithful.evidence
+    if evidence:
+        blocks = evidence["blocks"]
+        kinds = ", ".join(f"{k} {_number(v)}" for k, v in evidence["al_by_kind"].items())
+        lines.append(
+            f"faithful: {blocks['equal']} of {blocks['steps']} drafted blocks equal to the "
+            f"reference's ({blocks['tie']} ties, {blocks['different']} different, "
+            f"{blocks['missing']} missing); AL {_number(evidence['al'], 3)} against "
+            f"{_number(evidence['al_reference'], 3)}; by kind, from streamed steps: {kinds}"
+        )
+    for level in result.faster.evidence.get("levels", []):
+        base, fast = level["base"], level["dflash"]
+        kinds = ", ".join(f"{k} {v:.2f}x" for k, v in level["by_kind"].items())
+        lines.append(
+            f"concurrency {level['concurrency']}: {level['speedup']:.2f}x "
+            f"({level['spread'][0]:.2f}–{level['spread'][1]:.2f}, {level['rounds']} rounds); "
+            f"{base['tokens_per_second']:.1f} -> {fast['tokens_per_second']:.1f} tokens/s, "
+            f"time to first token {base['ttft_ms']:.0f} -> {fast['ttft_ms']:.0f} ms, "
+            f"inter-token latency {_number(base['itl_ms'], 1)} -> {_number(fast['itl_ms'], 1)} ms; "
+            f"{kinds}"
+        )
+    settings, env = result.settings, result.environment
+    if "num_speculative_tokens" in settings:
+        mode = "compiled" if settings["compiled"] else "eager"
+        packages = ", ".join(f"{k} {v}" for k, v in env["packages"].items())
+        lines.append(
+            f"settings: K {settings['num_speculative_tokens']}, {settings['template']}, greedy, "
+            f"{settings['profile']['max_tokens']} new tokens, {mode}, "
+            f"prompts {settings['prompt_set']}; {packages}; {env['cpu']}, {env['cores']} cores"
+        )
+    return lines
+
+
+def _provenance(results: Sequence[CellResult]) -> list[str]:
+    run = [r for r in results if "num_speculative_tokens" in r.settings]
+    if not run:
+        return ["No run is recorded yet."]
+    cpus = dict.fromkeys(f"{r.environment['cpu']}, {r.environment['cores']} cores" for r in run)
+    sets = dict.fromkeys(r.settings["prompt_set"] for r in run)
+    return [
+        f"Last recorded run: {'; '.join(cpus)}; prompts {'; '.join(sets)}; greedy, chat template. "
+        "Details and raw numbers: `docs/results/`. A cell without a recorded run is “not run”."
+    ]
+
+
+def _slim(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop what is large and derivable: tokens, blocks, replayed steps."""
+    slim: dict[str, Any] = {}
+    if "exact" in raw:
+        slim["exact"] = {
+            "stats": raw["exact"]["stats"],
+            "sequences": [
+                {"id": s["id"], "kind": s["kind"], "tokens": len(s["generated"])}
+                for s in raw["exact"]["sequences"]
+            ],
+        }
+    if "replay" in raw:
+        slim["replay"] = {"stats": raw["replay"]["stats"], "versions": raw["replay"]["versions"]}
+    for name in ("control", "speed"):
+        if name in raw:
+            slim[name] = raw[name]
+    return slim
+
+
+def _speedup(result: CellResult) -> str:
+    if result.speedup is None:
+        return "–"
+    levels = result.faster.evidence.get("levels", [])
+    low, high = next((x["spread"] for x in levels if x["concurrency"] == 1), (None, None))
+    return f"{result.speedup:.2f}x ({_number(low)}–{_number(high)})"
+
+
+def _words(status: str) -> str:
+    return status.replace("_", " ")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

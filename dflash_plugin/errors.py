@@ -1,0 +1,178 @@
+"""One class per way of failing: an exit code, a message, and the next step.
+
+A message names the file, cell or field, what was expected and what was found;
+``hint`` says what to do next. Command lines print both and exit with
+``exit_code``. Codes are part of the interface: never reuse one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class DFlashError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  next step: {self.hint}" if self.hint else self.message
+
+
+class VerdictFailedError(DFlashError):
+    """The run itself worked; a lossless, faithful or faster verdict did not."""
+
+    exit_code = 1
+
+
+class UsageError(DFlashError):
+    """A command line or function argument is wrong (2, as argparse uses)."""
+
+    exit_code = 2
+
+
+class MatrixError(DFlashError):
+    """``compat_matrix.toml`` is missing, unreadable or breaks its schema."""
+
+    exit_code = 10
+
+
+class UnknownCellError(DFlashError):
+    """A cell, pair, engine or profile that the matrix does not have."""
+
+    exit_code = 11
+
+
+class ModelNotFoundError(DFlashError):
+    """A model folder, or a file in it that every model has, is missing."""
+
+    exit_code = 12
+
+
+class PairMismatchError(DFlashError):
+    """Target and draft do not belong together, or a config field is impossible."""
+
+    exit_code = 13
+
+
+class CheckpointError(DFlashError):
+    """Weights are corrupted, truncated, missing, extra or misshapen."""
+
+    exit_code = 14
+
+
+class DownloadError(DFlashError):
+    """A file could not be fetched, or is not the file that was promised."""
+
+    exit_code = 15
+
+
+class CacheError(DFlashError):
+    """The cache cannot be written: disk full, read-only, permissions."""
+
+    exit_code = 16
+
+
+class EnvironmentBuildError(DFlashError):
+    """An engine environment could not be built."""
+
+    exit_code = 17
+
+
+class PortInUseError(DFlashError):
+    """The requested port belongs to another process."""
+
+    exit_code = 18
+
+
+class EngineExitedError(DFlashError):
+    """The engine ended before it was ready, or while it was in use."""
+
+    exit_code = 19
+
+
+class EngineTimeoutError(DFlashError):
+    """The engine is running but did not become ready in time."""
+
+    exit_code = 20
+
+
+class EngineNotFoundError(DFlashError):
+    """No engine of the requested kind is installed."""
+
+    exit_code = 21
+
+
+class UnsupportedEngineError(DFlashError):
+    """The engine is there, but ``support`` refuses to run DFlash on it."""
+
+    exit_code = 22
+
+
+class RequestError(DFlashError):
+    """A running server answered with an error or something unreadable."""
+
+    exit_code = 23
+
+
+class MissingDependencyError(DFlashError):
+    """An optional Python package is needed for this command."""
+
+    exit_code = 24
+
+
+class ReplayError(DFlashError):
+    """The reference replay ended without a result."""
+
+    exit_code = 25
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells use it."""
+
+
+def near_names(name: str, known: Iterable[str]) -> str:
+    """A hint listing the known names, the ones nearest to ``name`` first."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return "did you mean " + " or ".join(near) + "?"
+    return "available: " + ", ".join(names) if names else "none is defined"
+
+
+def from_os_error(err: OSError, what: str) -> CacheError:
+    """Turn an ``OSError`` met while writing ``what`` into a ``CacheError``."""
+    if err.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = "free some space, or set DFLASH_CACHE to a folder on another disk"
+    elif err.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "make it writable, or set DFLASH_CACHE to a folder you own"
+    else:
+        hint = "set DFLASH_CACHE to another folder"
+    reason = os.strerror(err.errno) if err.errno else str(err)
+    return CacheError(f"cannot write {what}: {reason}", hint=hint)
+
+
+def run_cli(main: Callable[[], int]) -> int:
+    """Call ``main``; print errors the one way every command line here does."""
+    try:
+        return main()
+    except DFlashError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return err.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) is gone; the interpreter's own flush at exit
+        # must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

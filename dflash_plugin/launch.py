@@ -1,0 +1,154 @@
+"""From a target's name to the engine command that serves it with its draft."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import demo, engines, hub, matrix, pair, support
+from .errors import EngineNotFoundError, ModelNotFoundError, UnsupportedEngineError, UsageError
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class ResolvedPair:
+    """A target and draft by the names an engine is given, and their local folders.
+
+    ``target_dir`` holds configs only where the target is to be downloaded by the engine.
+    """
+
+    target: str
+    target_dir: Path
+    target_is_local: bool
+    draft: str
+    draft_dir: Path
+    draft_revision: str | None
+    draft_sha256: str | None
+    num_speculative_tokens: int | None
+
+    def preflight(self, num_speculative_tokens: int | None = None) -> list[pair.Check]:
+        """:func:`dflash_plugin.pair.preflight` of this pair."""
+        return pair.preflight(
+            self.target_dir,
+            self.draft_dir,
+            num_speculative_tokens or self.num_speculative_tokens,
+            draft_sha256=self.draft_sha256,
+            target_weights=self.target_is_local,
+        )
+
+
+def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
+    """Find both halves of a pair.
+
+    Args:
+        target: ``demo``, a pair id or target repository of the matrix, or a local folder.
+        draft: a local folder or hub id; None looks the target up in the matrix.
+
+    Raises:
+        ModelNotFoundError: no such folder, or the matrix has no draft for the target.
+        DownloadError, MissingDependencyError: a hub repository cannot be had.
+    """
+    row = matrix.load().pair_for(target)
+    if target == DEMO or (row is not None and row.embedded):
+        row = next(p for p in matrix.load().pairs.values() if p.embedded)
+        embedded = demo.demo_pair()
+        target_name, target_dir, local = str(embedded.target), embedded.target, True
+        default_draft: Path | None = embedded.draft
+        sha256: str | None = demo.manifest.read(embedded.draft)["files"]["model.safetensors"][
+            "sha256"
+        ]
+    else:
+        target_name = row.target if row is not None else target
+        folder = hub.local_folder(target_name)
+        local = folder is not None
+        revision = row.target_revision if row is not None else None
+        target_dir = folder or hub.fetch(target_name, revision, weights=False)
+        default_draft, sha256 = None, None
+        if local:
+            target_name = str(target_dir)
+
+    draft_revision = None
+    if draft is not None:
+        folder, sha256 = hub.local_folder(draft), None
+        draft_dir = folder or hub.fetch(draft, None, weights=True)
+        draft_name = str(folder) if folder else draft
+    elif default_draft is not None:
+        draft_dir, draft_name = default_draft, str(default_draft)
+    elif row is not None:
+        draft_name, draft_revision = row.draft, row.draft_revision
+        draft_dir = hub.fetch(row.draft, row.draft_revision, weights=True)
+    else:
+        known = sorted(p.target for p in matrix.load().pairs.values())
+        raise ModelNotFoundError(
+            f"no draft is known for {target}",
+            hint=f"name one with --draft; targets with a known draft: {', '.join(known)}",
+        )
+    return ResolvedPair(
+        target=target_name,
+        target_dir=target_dir,
+        target_is_local=local,
+        draft=draft_name,
+        draft_dir=draft_dir,
+        draft_revision=draft_revision,
+        draft_sha256=sha256,
+        num_speculative_tokens=row.num_speculative_tokens if row is not None else None,
+    )
+
+
+def require_engine(name: str) -> tuple[engines.Installed, support.Support]:
+    """The installed engine and its support decision.
+
+    Raises:
+        EngineNotFoundError: not installed here.
+        UnsupportedEngineError: :mod:`dflash_plugin.support` refuses it.
+    """
+    engine = engines.find(name)
+    if engine is None:
+        raise EngineNotFoundError(
+            f"no {name} in the environment of {sys.executable}",
+            hint=f"pip install {' or '.join(engines.DISTRIBUTIONS[name])}, "
+            "or run the dflash-plugin of the engine's environment",
+        )
+    decision = support.decide(engine.name, engine.version, engine.platform)
+    if not decision.usable:
+        raise UnsupportedEngineError(decision.line(), hint=decision.next_step)
+    return engine, decision
+
+
+def serve_plan(
+    engine: engines.Installed,
+    resolved: ResolvedPair,
+    engine_args: Sequence[str],
+    num_speculative_tokens: int | None = None,
+) -> tuple[list[str], Mapping[str, str]]:
+    """Command and extra environment that serve ``resolved`` with DFlash.
+
+    Raises:
+        UsageError: the engine's own arguments already set speculation.
+    """
+    for arg in engine_args:
+        if arg.split("=")[0] in ("--speculative-config", "-sc"):
+            raise UsageError(
+                f"{arg.split('=')[0]} is written by `serve`",
+                hint="drop it, or start the engine yourself with your own configuration",
+            )
+    k = num_speculative_tokens or resolved.num_speculative_tokens
+    if k is None:
+        k = pair.DraftConfig.from_dir(resolved.draft_dir).max_speculative_tokens
+    config = engines.speculative_config(resolved.draft, k, resolved.draft_revision)
+    args = ["--speculative-config", config, *engine_args]
+    return engines.serve_command(sys.executable, engine, resolved.target, args)
+
+
+def exec_engine(command: Sequence[str], env: Mapping[str, str]) -> None:
+    """Replace this process with the engine; does not return."""
+    merged = {**os.environ, **env}
+    if "LD_PRELOAD" in env and os.environ.get("LD_PRELOAD"):
+        merged["LD_PRELOAD"] = f"{env['LD_PRELOAD']}:{os.environ['LD_PRELOAD']}"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], list(command), merged)

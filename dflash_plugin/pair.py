@@ -1,0 +1,480 @@
+"""What a draft's and a target's ``config.json`` say, and whether the two fit.
+
+Facts about the published format: drafts are Qwen3-shaped, share embedding and
+head with the target, and are conditioned on the target's hidden states at
+``target_layer_ids`` ("taps"). Tap ``i`` is the OUTPUT of target layer ``i``,
+i.e. Transformers' ``hidden_states[i + 1]``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import check_tensors, read_tensors, sha256_file, weight_files
+from .errors import CheckpointError, DFlashError, ModelNotFoundError, PairMismatchError
+
+SLIDING = "sliding_attention"
+FULL = "full_attention"
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one draft layer attends.
+
+    ``window`` counts positions including the query's own (None: full).
+    ``causal`` False lets the tokens of a block see each other in both directions.
+    """
+
+    window: int | None
+    causal: bool
+
+
+@dataclass(frozen=True)
+class DraftConfig:
+    """A DFlash draft's ``config.json``, normalised across the published spellings."""
+
+    source: Path
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: Mapping[str, Any]
+    block_size: int
+    mask_token_id: int
+    target_layer_ids: tuple[int, ...]
+    target_hidden_size: int
+    num_target_layers: int | None
+    layers: tuple[LayerAttention, ...]
+    attention_bias: bool
+    hidden_act: str
+    input_embedding_scale: float
+    final_logit_softcapping: float | None
+    raw: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def from_dir(cls, folder: Path) -> DraftConfig:
+        """Read ``folder/config.json``.
+
+        Raises:
+            ModelNotFoundError: no such folder or file.
+            PairMismatchError: not a DFlash v1 draft, or a field is missing or impossible.
+        """
+        path = folder / "config.json"
+        return cls.from_dict(_read_config(folder), path)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: Path) -> DraftConfig:
+        """Normalise an already parsed ``config.json``; ``source`` is for messages."""
+        architectures = raw.get("architectures") or []
+        if any("DFlash2" in str(name) for name in architectures):
+            raise PairMismatchError(
+                f"{source}: {architectures[0]} is a DFlash 2 draft; only DFlash (v1) is supported",
+                hint="use the target's DFlashDraftModel checkpoint",
+            )
+        dflash = raw.get("dflash_config")
+        if not isinstance(dflash, Mapping):
+            raise PairMismatchError(
+                f"{source}: no dflash_config table, so this is not a DFlash draft",
+                hint="check that --draft names the draft, not the target",
+            )
+        get = _Fields(source, raw, dflash)
+        hidden, heads = get.integer("hidden_size"), get.integer("num_attention_heads")
+        kv_heads = get.integer("num_key_value_heads", default=heads)
+        if heads % kv_heads:
+            raise get.wrong("num_key_value_heads", f"a divisor of {heads}", kv_heads)
+        taps = dflash.get("target_layer_ids")
+        if (
+            not isinstance(taps, list)
+            or not taps
+            or not all(isinstance(tap, int) and tap >= 0 for tap in taps)
+        ):
+            raise get.wrong("dflash_config.target_layer_ids", "a list of layer indices", taps)
+        num_layers = get.integer("num_hidden_layers")
+        softcap = get.either("final_logit_softcapping")
+        num_target_layers = raw.get("num_target_layers")
+        return cls(
+            source=source,
+            hidden_size=hidden,
+            intermediate_size=get.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=get.integer("head_dim", default=hidden // heads),
+            vocab_size=get.integer("vocab_size"),
+            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=get.integer("max_position_embeddings", default=1 << 31),
+            rope=rope_parameters(raw),
+            block_size=get.integer("block_size", nested=True, at_least=2),
+            mask_token_id=get.integer("mask_token_id", nested=True, at_least=0),
+            target_layer_ids=tuple(taps),
+            target_hidden_size=get.integer("target_hidden_size", default=hidden),
+            num_target_layers=num_target_layers if isinstance(num_target_layers, int) else None,
+            layers=_layer_attention(get, num_layers),
+            attention_bias=bool(raw.get("attention_bias", False)),
+            hidden_act=str(raw.get("hidden_act", "silu")),
+            input_embedding_scale=float(get.either("input_embedding_scale") or 1.0),
+            final_logit_softcapping=float(softcap) if softcap else None,
+            raw=raw,
+        )
+
+    @property
+    def max_speculative_tokens(self) -> int:
+        """``num_speculative_tokens`` that uses the whole block: block size - 1."""
+        return self.block_size - 1
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the published format has for this config, with its shape."""
+        d, f, hd = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_heads * hd, self.num_kv_heads * hd
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (d, len(self.target_layer_ids) * self.target_hidden_size),
+            "hidden_norm.weight": (d,),
+            "norm.weight": (d,),
+        }
+        for i in range(self.num_layers):
+            layer = f"layers.{i}."
+            attn = layer + "self_attn."
+            shapes |= {
+                layer + "input_layernorm.weight": (d,),
+                layer + "post_attention_layernorm.weight": (d,),
+                layer + "mlp.gate_proj.weight": (f, d),
+                layer + "mlp.up_proj.weight": (f, d),
+                layer + "mlp.down_proj.weight": (d, f),
+                attn + "q_proj.weight": (q, d),
+                attn + "k_proj.weight": (kv, d),
+                attn + "v_proj.weight": (kv, d),
+                attn + "o_proj.weight": (d, q),
+                attn + "q_norm.weight": (hd,),
+                attn + "k_norm.weight": (hd,),
+            }
+            if self.attention_bias:
+                shapes |= {
+                    attn + "q_proj.bias": (q,),
+                    attn + "k_proj.bias": (kv,),
+                    attn + "v_proj.bias": (kv,),
+                    attn + "o_proj.bias": (d,),
+                }
+        return shapes
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The few facts of a target that a draft depends on."""
+
+    source: Path
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+
+    @classmethod
+    def from_dir(cls, folder: Path) -> TargetConfig:
+        """Read ``folder/config.json``; multimodal targets by their ``text_config``."""
+        raw, path = _read_config(folder), folder / "config.json"
+        text = raw.get("text_config")
+        merged = {**raw, **text} if isinstance(text, Mapping) else raw
+        get = _Fields(path, merged, {})
+        return cls(
+            source=path,
+            model_type=str(merged.get("model_type", "unknown")),
+            hidden_size=get.integer("hidden_size"),
+            num_layers=get.integer("num_hidden_layers"),
+            vocab_size=get.integer("vocab_size"),
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One preflight result: ``status`` is ``ok``, ``failed`` or ``skipped``."""
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+    exit_code: int = 0
+
+
+def preflight(
+    target: Path,
+    draft: Path,
+    num_speculative_tokens: int | None = None,
+    *,
+    draft_sha256: str | None = None,
+    target_weights: bool = True,
+) -> list[Check]:
+    """Every check of a pair that needs no weights in memory; never raises.
+
+    Args:
+        target, draft: local model folders.
+        num_speculative_tokens: K asked for; None means block size - 1.
+        draft_sha256: what the draft's single weights file must hash to.
+        target_weights: False where only the target's configs are on this machine.
+    """
+    configs: dict[str, Any] = {}
+
+    def target_config() -> str:
+        configs["target"] = found = TargetConfig.from_dir(target)
+        return f"{found.model_type}, {found.num_layers} layers, hidden {found.hidden_size}"
+
+    def weights_of_target() -> str:
+        if not target_weights:
+            raise _SkippedError("not on this machine yet; the engine downloads them")
+        return f"{len(read_tensors(target))} tensors, headers and sizes consistent"
+
+    def draft_config() -> str:
+        configs["draft"] = found = DraftConfig.from_dir(draft)
+        taps = list(found.target_layer_ids)
+        return f"{found.num_layers} layers, block {found.block_size}, taps {taps}"
+
+    steps: list[tuple[str, tuple[str, ...], Callable[[], str]]] = [
+        ("target config", (), target_config),
+        ("target weights", ("target",), weights_of_target),
+        ("draft config", (), draft_config),
+        ("draft tensors", ("draft",), lambda: check_draft_tensors(configs["draft"], draft)),
+        (
+            "hidden size",
+            ("target", "draft"),
+            lambda: check_hidden(configs["target"], configs["draft"]),
+        ),
+        (
+            "vocabulary",
+            ("target", "draft"),
+            lambda: check_vocabulary(configs["target"], configs["draft"]),
+        ),
+        ("taps", ("target", "draft"), lambda: check_taps(configs["target"], configs["draft"])),
+        (
+            "mask token",
+            ("target", "draft"),
+            lambda: check_mask_token(configs["target"], configs["draft"]),
+        ),
+        (
+            "block size",
+            ("draft",),
+            lambda: check_block(configs["draft"], num_speculative_tokens),
+        ),
+    ]
+    if draft_sha256 is not None:
+        steps.append(("revision", ("draft",), lambda: check_revision(draft, draft_sha256)))
+
+    checks = []
+    for name, needs, step in steps:
+        lacking = [need for need in needs if need not in configs]
+        if lacking:
+            checks.append(Check(name, "skipped", f"no readable {lacking[0]} config"))
+            continue
+        try:
+            checks.append(Check(name, "ok", step()))
+        except _SkippedError as skip:
+            checks.append(Check(name, "skipped", str(skip)))
+        except DFlashError as err:
+            checks.append(Check(name, "failed", err.message, err.hint, err.exit_code))
+    return checks
+
+
+class _SkippedError(Exception):
+    """Raised by a preflight step that has nothing to look at; says why."""
+
+
+def require(checks: list[Check]) -> None:
+    """Raise the first failed check as the error it was found as."""
+    for check in checks:
+        if check.status == "failed":
+            kinds = (ModelNotFoundError, PairMismatchError, CheckpointError)
+            kind = next((k for k in kinds if k.exit_code == check.exit_code), PairMismatchError)
+            raise kind(f"{check.name}: {check.detail}", hint=check.remedy)
+
+
+def check_draft_tensors(draft: DraftConfig, folder: Path) -> str:
+    """Names and shapes of the draft's tensors against its config."""
+    found = check_tensors(folder, draft.tensor_shapes())
+    return f"{len(found)} tensors, names and shapes as the config says"
+
+
+def check_hidden(target: TargetConfig, draft: DraftConfig) -> str:
+    """Embedding, head and taps come from the target: widths must be the same."""
+    for name, width in (
+        ("hidden_size", draft.hidden_size),
+        ("target_hidden_size", draft.target_hidden_size),
+    ):
+        if width != target.hidden_size:
+            raise PairMismatchError(
+                f"{draft.source}: {name} is {width}, but the target's hidden_size is "
+                f"{target.hidden_size} ({target.source})",
+                hint="this draft was trained for another target",
+            )
+    return f"{target.hidden_size} in both"
+
+
+def check_vocabulary(target: TargetConfig, draft: DraftConfig) -> str:
+    """The draft uses the target's head, so the vocabularies must be equal."""
+    if draft.vocab_size != target.vocab_size:
+        raise PairMismatchError(
+            f"{draft.source}: vocab_size is {draft.vocab_size}, but the target's is "
+            f"{target.vocab_size} ({target.source})",
+            hint="this draft was trained for another tokenizer; use the target's own draft",
+        )
+    return f"{target.vocab_size} in both"
+
+
+def check_taps(target: TargetConfig, draft: DraftConfig) -> str:
+    """Taps are target layer indices, and the target has the depth the draft expects."""
+    if draft.num_target_layers not in (None, target.num_layers):
+        raise PairMismatchError(
+            f"{draft.source}: num_target_layers is {draft.num_target_layers}, but the target "
+            f"has {target.num_layers} ({target.source})",
+            hint="this draft was trained for another target",
+        )
+    beyond = [tap for tap in draft.target_layer_ids if tap >= target.num_layers]
+    if beyond:
+        raise PairMismatchError(
+            f"{draft.source}: dflash_config.target_layer_ids has {beyond}, expected indices "
+            f"0..{target.num_layers - 1}",
+            hint="this draft was trained for a deeper target",
+        )
+    return f"{list(draft.target_layer_ids)} of {target.num_layers} layers"
+
+
+def check_mask_token(target: TargetConfig, draft: DraftConfig) -> str:
+    """The mask token is embedded with the target's table, so it must be a row of it."""
+    if draft.mask_token_id >= target.vocab_size:
+        raise PairMismatchError(
+            f"{draft.source}: dflash_config.mask_token_id is {draft.mask_token_id}, expected "
+            f"less than the vocabulary's {target.vocab_size}",
+            hint="use the target the draft was trained for",
+        )
+    return f"id {draft.mask_token_id}"
+
+
+def check_block(draft: DraftConfig, num_speculative_tokens: int | None) -> str:
+    """K must leave room for the one known token of the block; engines do not check this."""
+    k = draft.max_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
+    if not 1 <= k <= draft.max_speculative_tokens:
+        raise PairMismatchError(
+            f"num_speculative_tokens is {k}, expected 1..{draft.max_speculative_tokens} "
+            f"(block_size {draft.block_size} in {draft.source})",
+            hint=f"use num_speculative_tokens {draft.max_speculative_tokens} or less",
+        )
+    return f"{draft.block_size}, num_speculative_tokens {k}"
+
+
+def check_revision(folder: Path, sha256: str) -> str:
+    """The weights are the ones the matrix names: publishers replace drafts in place."""
+    files = weight_files(folder)
+    found = sha256_file(files[0]) if len(files) == 1 else "several files"
+    if found != sha256:
+        raise CheckpointError(
+            f"{files[0]}: sha256 is {found[:16]}…, expected {sha256[:16]}…",
+            hint="get that revision, or pass --draft to use these weights knowingly",
+        )
+    return f"sha256 {sha256[:16]}…"
+
+
+def rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE settings under one spelling: ``rope_type``, ``rope_theta`` and the scaling's own.
+
+    Transformers 4 writes ``rope_theta`` + ``rope_scaling``, Transformers 5
+    ``rope_parameters``; published drafts have either, or both.
+    """
+    merged: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+    if raw.get("rope_theta") is not None:
+        merged["rope_theta"] = float(raw["rope_theta"])
+    for key in ("rope_scaling", "rope_parameters"):
+        extra = raw.get(key)
+        if isinstance(extra, Mapping):
+            extra = {k: v for k, v in extra.items() if v is not None}
+            if "type" in extra and "rope_type" not in extra:
+                extra["rope_type"] = extra.pop("type")
+            merged.update(extra)
+    return merged
+
+
+class _Fields:
+    """Typed access to a config with errors that name file and field."""
+
+    def __init__(self, source: Path, raw: Mapping[str, Any], dflash: Mapping[str, Any]) -> None:
+        self.source, self.raw, self.dflash = source, raw, dflash
+
+    def wrong(self, name: str, expected: str, found: Any) -> PairMismatchError:
+        return PairMismatchError(
+            f"{self.source}: {name} is {json.dumps(found)}, expected {expected}",
+            hint="compare config.json with the published one",
+        )
+
+    def either(self, name: str) -> Any:
+        """``dflash_config.<name>`` or, failing that, the top level's."""
+        nested = self.dflash.get(name)
+        return self.raw.get(name) if nested is None else nested
+
+    def integer(
+        self, name: str, *, default: int | None = None, nested: bool = False, at_least: int = 1
+    ) -> int:
+        value = self.either(name) if nested else self.raw.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+            raise self.wrong(name, f"an integer >= {at_least}", value)
+        return value
+
+
+def _layer_attention(get: _Fields, num_layers: int) -> tuple[LayerAttention, ...]:
+    """Window and causality per layer, by the precedence vLLM's ``qwen3_dflash`` uses.
+
+    Window: ``layer_types``, or every layer where ``dflash_config.use_swa``.
+    Causality: ``is_causal``, else ``dflash_config.causal``, else sliding layers are causal.
+    """
+    types = get.raw.get("layer_types")
+    if types is not None and (
+        not isinstance(types, list) or len(types) != num_layers or not set(types) <= {SLIDING, FULL}
+    ):
+        raise get.wrong("layer_types", f"{num_layers} of {FULL} / {SLIDING}", types)
+    use_swa = bool(get.dflash.get("use_swa", False))
+    if types is None or (use_swa and SLIDING not in types):
+        sliding = [use_swa] * num_layers
+    else:
+        sliding = [kind == SLIDING for kind in types]
+    window = get.dflash.get("swa_window_size", get.raw.get("sliding_window"))
+    if any(sliding) and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise get.wrong(
+            "sliding_window", "an integer >= 1 (layer_types has sliding layers)", window
+        )
+
+    stated = get.raw.get("is_causal")
+    if stated is None:
+        stated = get.dflash.get("causal")
+    named_sliding = [kind == SLIDING for kind in types] if types else [False] * num_layers
+    return tuple(
+        LayerAttention(
+            window=window if is_sliding else None,
+            causal=named if stated is None else bool(stated),
+        )
+        for is_sliding, named in zip(sliding, named_sliding, strict=True)
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelNotFoundError(
+            f"{folder}: no such model folder",
+            hint="give a local folder that holds config.json, or a hub id such as Qwen/Qwen3-8B",
+        )
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise ModelNotFoundError(
+            f"{path}: no such file", hint="every model folder has a config.json"
+        ) from err
+    except (ValueError, OSError) as err:
+        raise PairMismatchError(f"{path}: not readable JSON ({err})") from err
+    if not isinstance(raw, dict):
+        raise PairMismatchError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
