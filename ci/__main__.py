@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dflash_plugin import errors, matrix
-from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
+from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError, near_names
 
 from . import environment_cli, lint, lock, pipeline, plan, report, serve
 from .pipeline import CHECK, MEASURE
@@ -62,9 +62,18 @@ def _cell_arguments(parser: argparse.ArgumentParser) -> None:
         "--env-python", action="append", default=[], metavar="ENGINE_ID=PATH",
         help="use this interpreter's engine instead of building an environment",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=0, help="of the dflash server (default: free)")
+    parser.add_argument(
+        "--port", type=_port, default=0, help="of the dflash server (default: free)"
+    )
     parser.add_argument("--ready-timeout", type=float, default=serve.READY_TIMEOUT, metavar="S")
     parser.add_argument("--compiled", action="store_true", help="let the bf16 engines compile")
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 1 << 16:
+        raise ValueError
+    return port
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,6 +93,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _make_plan(args: argparse.Namespace) -> Plan:
+    data = matrix.load(args.matrix)
     pairs = []
     for text in args.env_python:
         engine_id, sep, path = text.partition("=")
@@ -91,6 +101,11 @@ def _make_plan(args: argparse.Namespace) -> Plan:
             raise UsageError(
                 f"--env-python {text}: expected ENGINE_ID=PATH of an existing interpreter",
                 hint="for example --env-python vllm-0.32.0=/path/to/venv/bin/python",
+            )
+        if engine_id not in data.engines:
+            raise UsageError(
+                f"--env-python {text}: no engine {engine_id!r} in {data.path.name}",
+                hint=near_names(engine_id, data.engines),
             )
         pairs.append((engine_id, Path(path)))
     overrides = Overrides(
@@ -104,9 +119,7 @@ def _make_plan(args: argparse.Namespace) -> Plan:
         compiled=args.compiled,
     )
     profile = getattr(args, "profile", "demo")
-    return plan.make(
-        matrix.load(args.matrix), args.cells, profile, getattr(args, "prompts", ()), overrides
-    )
+    return plan.make(data, args.cells, profile, getattr(args, "prompts", ()), overrides)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -1,17 +1,10 @@
-"""Lossless and faithful: what is run, and how it is judged.
-
-Running (:func:`run_exact`, :func:`run_control`) and judging (the rest, pure) are
-apart, so that every rule can be tested on made-up data.
-"""
+"""Lossless and faithful: what is run; :mod:`ci.judge` has how it is judged."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +12,10 @@ from tqdm import tqdm
 
 from dflash_plugin.acceptance import AcceptanceStats
 from dflash_plugin.backends.server import Completion, ServerClient
-from dflash_plugin.matrix import Expected
 
+from .judge import first_difference
+from .measure import in_parallel
 from .prompts import Prompt
-from .records import FAILED, NOT_RUN, PASSED, Verdict
-
-AL_TOLERANCE = 0.01
-"""Relative difference of the engine's and the reference's AL that still passes."""
-
-TIE_GAP = 2e-3
-"""Two logits closer than this are a tie in float32: measured noise between two correct
-float32 programs on the demo pair is below 2e-4, so a factor of ten is left."""
-
-CONTROL_P = 0.05
-"""bfloat16 diverges too often when chance would give its count less often than this."""
 
 
 def run_exact(
@@ -95,10 +78,8 @@ def run_control(
     for prompt in tqdm(prompts, desc="check bfloat16", unit="prompt", disable=None):
         alone[prompt.id] = base.complete(ids[prompt.id], max_tokens)
         fast[prompt.id] = dflash.complete(ids[prompt.id], max_tokens)
-    with ThreadPoolExecutor(width) as pool:
-        batched = dict(
-            zip(ids, pool.map(lambda i: base.complete(i, max_tokens), ids.values()), strict=True)
-        )
+    answers = in_parallel(lambda i: base.complete(i, max_tokens), list(ids.values()), width)
+    batched = dict(zip(ids, answers, strict=True))
 
     def divergences(others: Mapping[str, Completion]) -> list[dict[str, Any]]:
         return [
@@ -109,6 +90,7 @@ def run_control(
 
     return {
         "prompts": len(prompts),
+        "tokens": sum(len(answer.token_ids) for answer in fast.values()),
         "max_tokens": max_tokens,
         "control_width": width,
         "dflash": divergences(fast),
@@ -131,194 +113,6 @@ def _divergence(
         if known[0] is not None and known[1] is not None:
             gap = abs(known[0] - known[1])
     return [{"id": name, "index": at, "tokens": pair, "gap": gap}]
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first difference of two token sequences; None if they are equal."""
-    for i, (x, y) in enumerate(zip(a, b)):  # noqa: B905 - either may be longer
-        if x != y:
-            return i
-    return None if len(a) == len(b) else min(len(a), len(b))
-
-
-def judge_lossless(exact: Mapping[str, Any], control: Mapping[str, Any] | None) -> Verdict:
-    """Float32: every token of every prompt equal. bfloat16: no worse than the control."""
-    different = []
-    tokens = 0
-    for seq in exact["sequences"]:
-        at = first_difference(seq["base"], seq["generated"])
-        tokens += len(seq["generated"])
-        if at is not None:
-            different.append({"id": seq["id"], "index": at})
-    count = len(exact["sequences"])
-    evidence: dict[str, Any] = {
-        "float32": {
-            "prompts": count,
-            "equal": count - len(different),
-            "tokens": tokens,
-            "different": different,
-        }
-    }
-    if not count or not tokens:
-        return Verdict(NOT_RUN, "no tokens were compared", evidence)
-    if different:
-        first = different[0]
-        return Verdict(
-            FAILED,
-            f"float32: {len(different)} of {count} prompts differ, first {first['id']} "
-            f"at token {first['index']}",
-            evidence,
-        )
-    if control is None:
-        return Verdict(NOT_RUN, "bfloat16 was not compared with its control", evidence)
-    n, ours, theirs = control["prompts"], len(control["dflash"]), len(control["control"])
-    p = fisher_one_sided(ours, theirs, n)
-    evidence["bfloat16"] = {
-        "prompts": n,
-        "diverged": ours,
-        "control_diverged": theirs,
-        "control_width": control["control_width"],
-        "p": round(p, 4),
-        "gaps": _gaps(control["dflash"]),
-        "control_gaps": _gaps(control["control"]),
-    }
-    if p < CONTROL_P:
-        return Verdict(
-            FAILED,
-            f"bfloat16: {ours} of {n} prompts diverge, the control only {theirs} (p = {p:.3f})",
-            evidence,
-        )
-    return Verdict(PASSED, "", evidence)
-
-
-def judge_faithful(
-    exact: Mapping[str, Any],
-    replayed: Mapping[str, Any],
-    expected: Sequence[Expected] = (),
-) -> Verdict:
-    """Blocks and AL against the reference's replay, and AL against what the pair is known for.
-
-    The last point catches a draft that is broken in itself: engine and reference then
-    agree, on nothing.
-    """
-    engine = AcceptanceStats.from_dict(exact["stats"])
-    al, al_reference = engine.al, replayed["al"]
-    blocks = compare_blocks(exact, replayed)
-    by_kind = {
-        kind: al_of_chunks([s for s in exact["sequences"] if s["kind"] == kind])
-        for kind in dict.fromkeys(s["kind"] for s in exact["sequences"])
-    }
-    floors = []
-    for row in expected:
-        if row.num_speculative_tokens == engine.num_speculative_tokens and row.prompts in by_kind:
-            measured = by_kind[row.prompts]
-            floors.append(
-                {
-                    "prompts": row.prompts,
-                    "al": measured,
-                    "expected": row.al,
-                    "ok": measured is not None and measured >= row.al * (1 - row.tolerance),
-                }
-            )
-    evidence = {
-        "al": al,
-        "al_reference": al_reference,
-        "drafts": engine.drafts,
-        "drafts_reference": replayed["stats"]["drafts"],
-        "accepted_per_position": list(engine.accepted_per_position),
-        "accepted_per_position_reference": replayed["stats"]["accepted_per_position"],
-        "al_by_kind": by_kind,
-        "blocks": blocks,
-        "expected": floors,
-    }
-    if al is None or al_reference is None:
-        return Verdict(NOT_RUN, "no drafts were made", evidence)
-    if not blocks["recorded"]:
-        return Verdict(NOT_RUN, "no drafted block was recorded", evidence)
-    problems = []
-    if abs(al - al_reference) > AL_TOLERANCE * al_reference:
-        problems.append(f"AL is {al:.3f}, the reference's replay gives {al_reference:.3f}")
-    wrong = blocks["different"] + blocks["missing"]
-    if wrong:
-        problems.append(
-            f"{wrong} of {blocks['steps']} drafted blocks are not the reference's "
-            f"({blocks['different']} different, {blocks['missing']} not found)"
-        )
-    for floor in floors:
-        if not floor["ok"]:
-            problems.append(
-                f"AL on {floor['prompts']} is {floor['al']}, expected {floor['expected']}: "
-                "the draft itself is not the one that is known"
-            )
-    return Verdict(FAILED if problems else PASSED, "; ".join(problems), evidence)
-
-
-def compare_blocks(exact: Mapping[str, Any], replayed: Mapping[str, Any]) -> dict[str, Any]:
-    """Every step of the replay against the engine's recorded block at the same place.
-
-    A block that parts from the reference's where the reference sees a tie is excused and
-    listed; its later tokens do not depend on the earlier ones, so they are compared too.
-    """
-    recorded = exact["blocks"]
-    sequences = exact["sequences"]
-    ends = [*(s["record_start"] for s in sequences[1:]), len(recorded)]
-    counts = {"steps": 0, "equal": 0, "tie": 0, "different": 0, "missing": 0}
-    exceptions: list[dict[str, Any]] = []
-    for seq, end, ref in zip(sequences, ends, replayed["sequences"], strict=True):
-        mine = {
-            (b["position"], b["known"]): b["draft"] for b in recorded[seq["record_start"] : end]
-        }
-        for step in ref["steps"]:
-            counts["steps"] += 1
-            draft = mine.get((step["position"], step["known"]))
-            if draft is None:
-                outcome, gap = "missing", None
-            else:
-                gaps = [
-                    g for a, b, g in zip(draft, step["draft"], step["gaps"], strict=True) if a != b
-                ]
-                gap = max(gaps, default=None)
-                outcome = "equal" if gap is None else "tie" if gap <= TIE_GAP else "different"
-            counts[outcome] += 1
-            if outcome != "equal" and len(exceptions) < 50:
-                exceptions.append(
-                    {
-                        "id": seq["id"],
-                        "position": step["position"],
-                        "outcome": outcome,
-                        "draft": draft,
-                        "reference": step["draft"],
-                        "gap": gap,
-                    }
-                )
-    return {**counts, "recorded": len(recorded), "exceptions": exceptions}
-
-
-def al_of_chunks(sequences: Sequence[Mapping[str, Any]]) -> float | None:
-    """AL from streamed chunk sizes: each chunk after the first is one verify step.
-
-    Slightly below the counters' AL, since a last step cut by the length limit shows
-    fewer tokens than it accepted.
-    """
-    steps = [size for seq in sequences for size in seq["chunk_sizes"][1:]]
-    return round(statistics.fmean(steps), 4) if steps else None
-
-
-def fisher_one_sided(a: int, b: int, n: int) -> float:
-    """P(a or more of a + b events fall in the first of two groups of n each) by chance."""
-    total = a + b
-    ways = math.comb(2 * n, total)
-    upper = sum(math.comb(n, i) * math.comb(n, total - i) for i in range(a, min(n, total) + 1))
-    return upper / ways
-
-
-def _gaps(divergences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    gaps = sorted(d["gap"] for d in divergences if d["gap"] is not None)
-    return {
-        "known": len(gaps),
-        "median": statistics.median(gaps) if gaps else None,
-        "max": gaps[-1] if gaps else None,
-    }
 
 
 def _read(record: Path) -> str:

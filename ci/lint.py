@@ -40,7 +40,9 @@ def _locks() -> list[str]:
 
 def _readme() -> list[str]:
     try:
-        fresh = report.readme(matrix.load(), check=True)
+        fresh = report.readme(
+            matrix.load(), check=True, path=ROOT / "README.md", root=ROOT / "docs" / "results"
+        )
     except (DFlashError, OSError) as err:
         return [str(err)]
     return [] if fresh else ["README.md: support table is stale: python -m ci report --readme"]
@@ -48,9 +50,11 @@ def _readme() -> list[str]:
 
 def _files() -> list[str]:
     found = []
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["git", "ls-files", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as err:
+        return [f"{ROOT}: git ls-files failed, so no file was looked at ({err})"]
     for name in filter(None, listed.stdout.split("\0")):
         path = ROOT / name
         if path.suffix not in {".py", ".toml", ".md", ".yml", ".json", ".jsonl", ".txt", ""}:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,6 +17,8 @@ from .prompts import Prompt
 from .records import FAILED, NOT_RUN, PASSED, Verdict
 
 ARMS = ("base", "dflash")
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def run_speed(
@@ -55,8 +57,8 @@ def run_speed(
                                 "id": prompt.id,
                                 "kind": prompt.kind,
                                 "tokens": len(answer.token_ids),
-                                "seconds": answer.duration,
-                                "ttft": answer.ttft,
+                                "seconds": _finite(answer.duration),
+                                "ttft": _finite(answer.ttft),
                                 "itl": _finite(answer.inter_token_latency),
                             }
                             for prompt, answer in zip(prompts, answers, strict=True)
@@ -72,9 +74,18 @@ def _run(
     client: ServerClient, ids: Sequence[Sequence[int]], max_tokens: int, width: int
 ) -> tuple[float, list[Completion]]:
     start = time.perf_counter()
-    with ThreadPoolExecutor(width) as pool:
-        answers = list(pool.map(lambda prompt: client.complete(prompt, max_tokens), ids))
+    answers = in_parallel(lambda prompt: client.complete(prompt, max_tokens), ids, width)
     return time.perf_counter() - start, answers
+
+
+def in_parallel(call: Callable[[_In], _Out], items: Sequence[_In], width: int) -> list[_Out]:
+    """``call`` of every item, ``width`` at a time, in order."""
+    pool = ThreadPoolExecutor(width)
+    try:
+        return list(pool.map(call, items))
+    finally:
+        # Never waiting: after Ctrl-C a request may end only once its server is stopped.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def summarise(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -82,10 +93,14 @@ def summarise(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     ``speedup`` is the median over rounds of (dflash tokens/s) / (base tokens/s);
     ``spread`` its smallest and largest. ``by_kind`` the same per kind of prompt, from
-    the requests' own durations.
+    the requests' own durations. A level without rounds, or with an empty answer, is left
+    out: it has no rate.
     """
     rows = []
     for level in raw["levels"]:
+        requests = [r for taken in level["rounds"] for arm in ARMS for r in taken[arm]["requests"]]
+        if not requests or any(not r["tokens"] for r in requests):
+            continue
         ratios: list[float] = []
         by_kind: dict[str, list[float]] = {}
         for taken in level["rounds"]:

@@ -16,10 +16,12 @@ from typing import Any
 
 from dflash_plugin import checkpoint, demo, hub, pair
 from dflash_plugin.backends.server import ServerClient
+from dflash_plugin.cache import make_dir
 from dflash_plugin.errors import DFlashError, UsageError
 from dflash_plugin.matrix import Cell
 
 from . import check, environment, measure, prompts, replay
+from . import judge as judging
 from .environment import Environment
 from .plan import Overrides, Plan
 from .records import ABORTED, UNTESTED, CellResult, Verdict, load_json, overall, save_json
@@ -92,8 +94,6 @@ def run_cell(
         DFlashError: nothing was judged; use :func:`aborted` to record it.
     """
     run = prepare(cell, plan, out)
-    resolved = pair.preflight(run.target, run.draft, run.num_speculative_tokens)
-    pair.require(resolved)
     stage = _Stages(run, resume)
     profile = plan.profile
     exact = replayed = control = speed = None
@@ -101,7 +101,7 @@ def run_cell(
     if CHECK in stages:
         chosen = prompts.spread(plan.prompts, profile.lossless_prompts)
         exact = stage("exact", lambda: _exact(run, chosen))
-        replayed = stage("replay", lambda: _replay(run, exact))
+        replayed = stage("replay", lambda: _replay(run, exact), after=exact)
 
     def control_stage(base: ServerClient, dflash: ServerClient) -> dict[str, Any]:
         return check.run_control(
@@ -144,8 +144,8 @@ def judge(
     lossless = faithful = faster = UNTESTED
     al = al_reference = speedup = None
     if exact is not None and replayed is not None:
-        lossless = check.judge_lossless(exact, control)
-        faithful = check.judge_faithful(exact, replayed, run.cell.pair.expected)
+        lossless = judging.judge_lossless(exact, control)
+        faithful = judging.judge_faithful(exact, replayed, run.cell.pair.expected)
         al, al_reference = faithful.evidence["al"], faithful.evidence["al_reference"]
     if speed is not None:
         summary = measure.summarise(speed)
@@ -183,26 +183,19 @@ def aborted(cell: Cell, error: DFlashError) -> CellResult:
 
 
 def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:
-    """Resolve a cell's models and environments, building what is not there yet."""
+    """Resolve a cell's models and check them, then its environments; build what is not there.
+
+    Raises:
+        DFlashError: a model is missing or does not fit, or an environment cannot be built.
+    """
     overrides = plan.overrides
-    if overrides.target is not None:
-        target = _local(overrides.target)
-        draft = _local(overrides.draft) if overrides.draft else None
-    elif cell.pair.embedded:
-        embedded = demo.demo_pair()
-        target = embedded.target
-        draft = _local(overrides.draft) if overrides.draft else embedded.draft
-    else:
-        target = hub.local_folder(cell.pair.target) or hub.fetch(
-            cell.pair.target, cell.pair.target_revision, weights=True
-        )
-        draft = hub.local_folder(cell.pair.draft) or hub.fetch(
-            cell.pair.draft, cell.pair.draft_revision, weights=True
-        )
-    if draft is None:
-        raise UsageError("--target without --draft", hint="name both halves of the pair")
-    folder = out / "cells" / cell.id
-    folder.mkdir(parents=True, exist_ok=True)
+    target, draft = _models(cell, overrides)
+    reference_draft = _local(overrides.reference_draft) if overrides.reference_draft else draft
+    k = overrides.num_speculative_tokens
+    k = cell.pair.num_speculative_tokens if k is None else k
+    for half in dict.fromkeys((draft, reference_draft)):
+        pair.require(pair.preflight(target, half, k))
+    folder = make_dir(out / "cells" / cell.id)
     say(f"{cell.id}: environments")
     return CellRun(
         cell=cell,
@@ -210,11 +203,29 @@ def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:
         folder=folder,
         target=target,
         draft=draft,
-        reference_draft=_local(overrides.reference_draft) if overrides.reference_draft else draft,
-        num_speculative_tokens=overrides.num_speculative_tokens or cell.pair.num_speculative_tokens,
+        reference_draft=reference_draft,
+        num_speculative_tokens=k,
         environment=engine_environment(cell, overrides),
         reference=environment.ensure_reference(),
     )
+
+
+def _models(cell: Cell, overrides: Overrides) -> tuple[Path, Path]:
+    """Folders of target and draft: those named on the command line, else the pair's."""
+    given = _local(overrides.draft) if overrides.draft else None
+    if overrides.target is not None:
+        if given is None:
+            raise UsageError("--target without --draft", hint="name both halves of the pair")
+        return _local(overrides.target), given
+    row = cell.pair
+    if row.embedded:
+        embedded = demo.demo_pair()
+        return embedded.target, given or embedded.draft
+    target = hub.local_folder(row.target) or hub.fetch(
+        row.target, row.target_revision, weights=True
+    )
+    draft = given or hub.local_folder(row.draft)
+    return target, draft or hub.fetch(row.draft, row.draft_revision, weights=True)
 
 
 def engine_environment(cell: Cell, overrides: Overrides) -> Environment:
@@ -282,22 +293,43 @@ class _Stages:
 
     def __init__(self, run: CellRun, resume: bool) -> None:
         self.folder, self.resume = run.folder, resume
-        facts = {**run.settings(), "environment": run.environment.packages}
-        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.facts = {
+            **run.settings(),
+            "target": _fingerprint(run.target),
+            "build": [run.cell.build.args, run.cell.build.env],
+            "environment": [run.environment.packages, str(run.environment.path)],
+            "reference": [run.reference.packages, str(run.reference.path)],
+        }
 
     def done(self, name: str) -> bool:
         """Whether :meth:`__call__` would only read it back."""
-        path = self.folder / f"{name}.json"
-        return self.resume and path.exists() and load_json(path).get("key") == self.key
+        return self._kept(name, self._key(None)) is not None
 
-    def __call__(self, name: str, produce: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        path = self.folder / f"{name}.json"
-        if self.done(name):
+    def __call__(
+        self, name: str, produce: Callable[[], dict[str, Any]], *, after: object = None
+    ) -> dict[str, Any]:
+        """The stage's data; ``after`` is that of the stage it builds on."""
+        path, key = self.folder / f"{name}.json", self._key(after)
+        data = self._kept(name, key)
+        if data is not None:
             say(f"{name}: read back from {path}")
-            data: dict[str, Any] = load_json(path)["data"]
             return data
         data = produce()
-        save_json(path, {"key": self.key, "data": data})
+        save_json(path, {"key": key, "data": data})
+        return data
+
+    def _key(self, after: object) -> str:
+        facts = json.dumps([self.facts, after], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def _kept(self, name: str, key: str) -> dict[str, Any] | None:
+        path = self.folder / f"{name}.json"
+        if not self.resume or not path.exists():
+            return None
+        kept = load_json(path)
+        if not isinstance(kept, dict) or kept.get("key") != key:
+            return None
+        data: dict[str, Any] | None = kept.get("data")
         return data
 
 
@@ -311,6 +343,12 @@ def _local(path: Path) -> Path:
 def _weights_hash(folder: Path) -> str:
     hashes = [checkpoint.sha256_file(path) for path in checkpoint.weight_files(folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _fingerprint(folder: Path) -> list[list[Any]]:
+    """Which weights these are, on this machine: hashing a large target takes minutes."""
+    files = [folder / "config.json", *checkpoint.weight_files(folder)]
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def _facts(run: CellRun) -> dict[str, Any]:

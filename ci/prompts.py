@@ -70,10 +70,12 @@ def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 
 def _read(path: Path, count: int | None) -> list[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as err:
+        # Not splitlines(): text inside a JSON string may hold U+2028 and the like.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as err:
+        reason = getattr(err, "strerror", None) or err
         raise UsageError(
-            f"{path}: cannot be read ({err.strerror})", hint="--prompts takes FILE.jsonl[:COUNT]"
+            f"{path}: cannot be read ({reason})", hint="--prompts takes FILE.jsonl[:COUNT]"
         ) from err
     prompts: list[Prompt] = []
     for number, line in enumerate(lines, 1):

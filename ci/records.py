@@ -51,6 +51,8 @@ class CellResult:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str) -> CellResult:
         """Read one back; ``UsageError`` names ``source`` and the field that is off."""
+        if not isinstance(data, Mapping):
+            raise UsageError(f"{source}: not a cell result but {str(data)[:60]!r}")
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(data) - known)
         missing = sorted({"id", "status", "reason"} - set(data))
@@ -64,8 +66,17 @@ class CellResult:
         values = dict(data)
         for name in ("lossless", "faithful", "faster"):
             if name in values:
-                values[name] = Verdict(**values[name])
+                values[name] = _verdict(values[name], f"{source}: {name}")
         return cls(**values)
+
+
+def _verdict(data: Any, source: str) -> Verdict:
+    names = {f.name for f in fields(Verdict)}
+    if not isinstance(data, Mapping) or not set(data) <= names or "status" not in data:
+        raise UsageError(f"{source}: not a verdict: {str(data)[:60]!r}")
+    if data["status"] not in STATUSES:
+        raise UsageError(f"{source}: status is {data['status']!r}, expected one of {STATUSES}")
+    return Verdict(**data)
 
 
 def overall(verdicts: Mapping[str, Verdict]) -> tuple[str, str]:
@@ -79,7 +90,6 @@ def overall(verdicts: Mapping[str, Verdict]) -> tuple[str, str]:
 
 def save_json(path: Path, data: Any) -> None:
     """Write JSON atomically; readers see the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps(data, indent=1) + "\n")
 
 

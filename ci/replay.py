@@ -58,5 +58,11 @@ def replay(
                 f"the reference's replay ended with exit code {answer.returncode}\n{tail}",
                 hint="run it by hand: " + " ".join(command[:8]),
             )
-        document: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+        try:
+            document: dict[str, Any] = json.loads(found.read_text(encoding="utf-8"))
+            ids = [seq["id"] for seq in document["sequences"]]
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise ReplayError(f"the reference's replay wrote no readable result ({err})") from err
+        if ids != [seq["id"] for seq in sequences]:
+            raise ReplayError(f"the reference replayed {ids[:5]} …, not the sequences it was given")
         return document

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dflash_plugin.cache import atomic_write_text
 from dflash_plugin.errors import UsageError
 from dflash_plugin.matrix import Known, Matrix
 
@@ -21,8 +22,7 @@ BEGIN, END = "<!-- support:begin (python -m ci report --readme) -->", "<!-- supp
 def write(out: Path, results: Sequence[CellResult]) -> None:
     """``report.json`` (full, with raw data) and ``report.md`` in ``out``."""
     save_json(out / "report.json", [result.to_json() for result in results])
-    path = out / "report.md"
-    path.write_text(markdown(results), encoding="utf-8")
+    atomic_write_text(out / "report.md", markdown(results))
 
 
 def read(out: Path) -> list[CellResult]:
@@ -148,7 +148,7 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
     block = "\n".join([*table(results), "", *_provenance(results)])
     fresh = f"{head}{BEGIN}\n\n{block}\n{END}{tail}"
     if fresh != text and not check:
-        path.write_text(fresh, encoding="utf-8")
+        atomic_write_text(path, fresh)
     return fresh == text
 
 

@@ -16,11 +16,14 @@ from pathlib import Path
 
 from dflash_plugin import engines
 from dflash_plugin.backends.server import ServerClient
+from dflash_plugin.cache import make_dir
 from dflash_plugin.errors import (
     EngineExitedError,
     EngineTimeoutError,
     EnvironmentBuildError,
     PortInUseError,
+    RequestError,
+    from_os_error,
 )
 from dflash_plugin.matrix import Cell
 
@@ -28,6 +31,8 @@ from .environment import Environment
 
 MODEL_NAME = "target"
 READY_TIMEOUT = 600.0
+STOP_GRACE = 15.0
+"""Seconds between SIGTERM and SIGKILL."""
 RECORDER = Path(__file__).parent / "recorder"
 _LOG_LINES = 20
 
@@ -87,7 +92,7 @@ class ServerSpec:
         plugins = ["dflash"] if self.cell.variant.plugin else []
         if self.record is not None:
             env["PYTHONPATH"] = str(RECORDER)
-            env["DFLASH_RECORD"] = str(self.record)
+            env["DFLASH_RECORD"] = str(self.record.absolute())
             plugins.append("dflash_recorder")
         # Named, so that a cell runs what it says and no other plugin of the environment.
         env["VLLM_PLUGINS"] = ",".join(plugins)
@@ -108,62 +113,89 @@ def serve_all(
     """Start several servers side by side and wait for all of them.
 
     Raises:
-        PortInUseError: the port asked for is taken.
+        PortInUseError: a port asked for is taken; nothing was started.
         EngineExitedError, EngineTimeoutError: with the last lines of the log.
+        CacheError: the log cannot be written.
     """
-    servers: list[Server] = []
+    ports = _ports(specs)
+    servers = [Server(spec, port) for spec, port in zip(specs, ports, strict=True)]
     try:
-        for spec in specs:
-            servers.append(Server(spec))
         for server in servers:
-            server.wait_ready(timeout)
+            server.start()
+        _wait_ready(servers, timeout)
         yield [server.client for server in servers]
         for server in servers:
             server.require_running()
+    except RequestError:
+        # What a request meets when its engine dies is not the news; the log's end is.
+        for server in servers:
+            server.require_running(patience=1.0)
+        raise
     finally:
         stop_all(servers)
 
 
-class Server:
-    """A started server process and its process group."""
+def _wait_ready(servers: Sequence[Server], timeout: float) -> None:
+    """Return when every health check answers; raise as soon as one never will."""
+    deadline = time.monotonic() + timeout
+    waiting = list(servers)
+    while waiting:
+        for server in servers:
+            server.require_running()
+        waiting = [server for server in waiting if not server.client.ready()]
+        if waiting and time.monotonic() >= deadline:
+            spec = waiting[0].spec
+            raise EngineTimeoutError(
+                f"{spec.label}: not ready after {timeout:.0f} s, still running\n"
+                f"{waiting[0].log_tail()}",
+                hint=f"see {spec.log}, or allow more time with --ready-timeout",
+            )
+        if waiting:
+            time.sleep(0.2)
 
-    def __init__(self, spec: ServerSpec) -> None:
-        self.spec = spec
-        self.port = spec.port or _free_port(spec.host)
-        _require_free(spec.host, self.port)
-        command, env = spec.command(self.port)
-        spec.log.parent.mkdir(parents=True, exist_ok=True)
-        with spec.log.open("w", encoding="utf-8") as log:
-            log.write(f"+ {' '.join(command)}\n")
-            log.flush()
+
+class Server:
+    """A server process, from :meth:`start` on, and its process group."""
+
+    def __init__(self, spec: ServerSpec, port: int) -> None:
+        self.spec, self.port = spec, port
+        self.client = ServerClient(f"http://{spec.host}:{port}", MODEL_NAME)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it; it is not ready yet."""
+        command, env = self.spec.command(self.port)
+        folder = make_dir(self.spec.log.parent)
+        try:
+            self.spec.log.write_text(f"+ {' '.join(command)}\n", encoding="utf-8")
+        except OSError as err:
+            raise from_os_error(err, str(self.spec.log)) from err
+        with self.spec.log.open("ab") as log, _interrupts_deferred():
             # A session of its own: engines start worker processes, and only the whole
-            # group can be stopped for certain.
+            # group can be stopped for certain. A folder of its own: `-m` would find
+            # this checkout's modules before the environment's.
             self.process = subprocess.Popen(
                 command,
+                cwd=folder,
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.client = ServerClient(f"http://{spec.host}:{self.port}", MODEL_NAME)
 
-    def wait_ready(self, timeout: float) -> None:
-        """Return when the health check answers; raise when it never will."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            self.require_running()
-            if self.client.ready():
-                return
-            time.sleep(0.2)
-        raise EngineTimeoutError(
-            f"{self.spec.label}: not ready after {timeout:.0f} s, still running\n{self.log_tail()}",
-            hint=f"see {self.spec.log}, or allow more time with --ready-timeout",
-        )
+    def require_running(self, *, patience: float = 0.0) -> None:
+        """Raise ``EngineExitedError`` with the end of the log if the process has ended.
 
-    def require_running(self) -> None:
-        """Raise ``EngineExitedError`` with the end of the log if the process has ended."""
+        ``patience``: seconds it has left for that.
+        """
+        if self.process is None:
+            return
+        deadline = time.monotonic() + patience
         code = self.process.poll()
+        while code is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            code = self.process.poll()
         if code is not None:
             raise EngineExitedError(
                 f"{self.spec.label}: the engine exited with code {code}\n{self.log_tail()}",
@@ -179,18 +211,19 @@ class Server:
         return "\n".join(f"    | {line[:300]}" for line in lines[-_LOG_LINES:])
 
 
-def stop_all(servers: Sequence[Server], grace: float = 15.0) -> None:
+def stop_all(servers: Sequence[Server]) -> None:
     """End every server's whole process group; a second Ctrl-C meanwhile is ignored."""
     previous = _ignore_interrupts()
     try:
-        for server in servers:
-            _signal_group(server.process, signal.SIGTERM)
-        deadline = time.monotonic() + grace
-        while time.monotonic() < deadline and any(_group_alive(s.process) for s in servers):
+        started = [server.process for server in servers if server.process is not None]
+        for process in started:
+            _signal_group(process, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_GRACE
+        while time.monotonic() < deadline and any(map(_group_alive, started)):
             time.sleep(0.05)
-        for server in servers:
-            _signal_group(server.process, signal.SIGKILL)
-            server.process.wait()
+        for process in started:
+            _signal_group(process, signal.SIGKILL)
+            process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -199,7 +232,9 @@ def stop_all(servers: Sequence[Server], grace: float = 15.0) -> None:
 def installed(environment: Environment, engine: str) -> engines.Installed:
     """The engine as the environment's own interpreter sees it."""
     command = [str(environment.python), str(Path(engines.__file__)), engine]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    answer = subprocess.run(
+        command, env=_clean_environment(), capture_output=True, text=True, check=False
+    )
     try:
         return engines.Installed(**json.loads(answer.stdout))
     except (ValueError, TypeError) as err:
@@ -209,27 +244,34 @@ def installed(environment: Environment, engine: str) -> engines.Installed:
         ) from err
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        # As the engine's own socket does, so that a port in TIME_WAIT counts as free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as err:
-            raise PortInUseError(
-                f"port {port} on {host} is in use", hint="choose another --port, or leave it out"
-            ) from err
+def _ports(specs: Sequence[ServerSpec]) -> list[int]:
+    """A port for each server: the one asked for, or a free one; all different."""
+    with contextlib.ExitStack() as probes:
+        found = {}
+        for spec in sorted(specs, key=lambda spec: not spec.port):  # those asked for first
+            probe = probes.enter_context(socket.socket())
+            # As the engine's own socket does, so that a port in TIME_WAIT counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((spec.host, spec.port))
+            except OSError as err:
+                raise PortInUseError(
+                    f"port {spec.port} on {spec.host} cannot be had: {err.strerror}",
+                    hint="choose another --port, or leave it out",
+                ) from err
+            found[id(spec)] = int(probe.getsockname()[1])
+        return [found[id(spec)] for spec in specs]
 
 
 def _clean_environment() -> dict[str, str]:
-    """This process's environment without what would leak into an engine's."""
-    dropped = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "DFLASH_PLUGIN_ANNOUNCED")
+    """This process's environment without what would leak into an engine's.
+
+    ``LD_PRELOAD`` is the harness's to set: another allocator would be in the timings.
+    """
+    dropped = (
+        *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD"),
+        *("DFLASH_PLUGIN_ANNOUNCED", "DFLASH_RECORD"),
+    )
     return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("VLLM_")}
 
 
@@ -246,6 +288,25 @@ def _group_alive(process: subprocess.Popen[bytes]) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back: between fork and return a process would be lost to its parent."""
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in numbers}
+    except ValueError:  # not the main thread, which gets no signals either
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if caught:
+        raise KeyboardInterrupt
 
 
 def _ignore_interrupts() -> Mapping[int, signal._HANDLER]:

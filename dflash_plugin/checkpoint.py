@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ def _bad(path: Path, what: str) -> CheckpointError:
     )
 
 
+def _unreadable(path: Path, err: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: cannot be read ({err.strerror or err})", hint="check its permissions and the disk"
+    )
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensors of one safetensors file, by name.
 
@@ -61,36 +68,55 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if length > min(_MAX_HEADER, size - 8):
                 raise _bad(path, f"header of {length} bytes in a file of {size}")
             raw = file.read(length)
-    except (FileNotFoundError, IsADirectoryError) as err:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as err:
         raise ModelNotFoundError(f"{path}: no such file", hint="check the model folder") from err
+    except OSError as err:
+        raise _unreadable(path, err) from err
+    tensors, data = _parse_header(path, raw)
+    if 8 + length + data != size:
+        raise _bad(path, f"{size} bytes, expected {8 + length + data}")
+    return tensors
+
+
+def _parse_header(path: Path, raw: bytes) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors a header lists, and how many bytes of data they have together."""
     try:
         header: Any = json.loads(raw)
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise _bad(path, f"header is not JSON ({err})") from err
     if not isinstance(header, dict):
         raise _bad(path, "header is not a JSON object")
 
     tensors: dict[str, TensorInfo] = {}
-    end_of_data = 0
+    spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
-            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            start, end = (int(n) for n in entry["data_offsets"])
+            dtype, shape = entry["dtype"], _sizes(entry["shape"])
+            start, end = _sizes(entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as err:
             raise _bad(path, f"header entry {name!r} is malformed") from err
-        count = 1
-        for dim in shape:
-            count *= dim
+        if not isinstance(dtype, str):
+            raise _bad(path, f"header entry {name!r} is malformed")
         width = _DTYPE_BYTES.get(dtype)
-        if not 0 <= start <= end or (width is not None and end - start != count * width):
+        if start > end or (width is not None and end - start != math.prod(shape) * width):
             raise _bad(path, f"{name}: offsets {start}..{end} do not fit {dtype}{list(shape)}")
-        end_of_data = max(end_of_data, end)
+        spans.append((start, end, name))
         tensors[name] = TensorInfo(dtype, shape, path)
-    if 8 + length + end_of_data != size:
-        raise _bad(path, f"{size} bytes, expected {8 + length + end_of_data}")
-    return tensors
+    end_of_data = 0
+    for start, end, name in sorted(spans):
+        if start != end_of_data:  # a hole or an overlap; the format allows neither
+            raise _bad(path, f"{name}: data starts at {start}, expected {end_of_data}")
+        end_of_data = end
+    return tensors, end_of_data
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """A JSON list of natural numbers; ``ValueError`` for anything that only looks like one."""
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError(value)
+    return tuple(value)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -108,10 +134,11 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as err:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(names)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as err:
             raise CheckpointError(
                 f"{index}: no readable weight_map", hint="download the file again"
             ) from err

@@ -42,7 +42,9 @@ def find(name: str) -> Installed | None:
     for distribution in DISTRIBUTIONS[name]:
         try:
             version = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
+        except (metadata.PackageNotFoundError, KeyError):
+            continue
+        if not version:  # the empty folder that a broken uninstall leaves behind
             continue
         return Installed(
             name, distribution, version, _platform(distribution, version), _intel_openmp()

@@ -164,7 +164,9 @@ def from_os_error(err: OSError, what: str) -> CacheError:
 def run_cli(main: Callable[[], int]) -> int:
     """Call ``main``; print errors the one way every command line here does."""
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()  # here, where a reader that is gone can still be handled
+        return code
     except DFlashError as err:
         print(f"error: {err}", file=sys.stderr)
         return err.exit_code

@@ -17,11 +17,14 @@ def local_folder(name: str) -> Path | None:
     Raises:
         ModelNotFoundError: it is neither a folder nor a hub id.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if _REPO_ID.fullmatch(name) and not path.exists():
-        return None
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            return path.resolve()
+        if _REPO_ID.fullmatch(name) and not path.exists():
+            return None
+    except (OSError, RuntimeError, ValueError):
+        pass  # too long, no such user, not to be looked into: not a folder to be had
     raise ModelNotFoundError(
         f"{name}: no such model folder",
         hint="give a local folder that holds config.json, or a hub id such as Qwen/Qwen3-8B",

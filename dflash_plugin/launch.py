@@ -12,6 +12,7 @@ from . import demo, engines, hub, matrix, pair, support
 from .errors import EngineNotFoundError, ModelNotFoundError, UnsupportedEngineError, UsageError
 
 DEMO = "demo"
+_SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
         draft_dir=draft_dir,
         draft_revision=draft_revision,
         draft_sha256=sha256,
-        num_speculative_tokens=row.num_speculative_tokens if row is not None else None,
+        # The matrix's K belongs to the matrix's draft; another one uses its whole block.
+        num_speculative_tokens=row.num_speculative_tokens if row and draft is None else None,
     )
 
 
@@ -131,9 +133,11 @@ def serve_plan(
         UsageError: the engine's own arguments already set speculation.
     """
     for arg in engine_args:
-        if arg.split("=")[0] in ("--speculative-config", "-sc"):
+        # vLLM also takes --speculative_config, and --speculative-config.method=…
+        option = arg.partition("=")[0].partition(".")[0].replace("_", "-")
+        if option in _SPECULATION:
             raise UsageError(
-                f"{arg.split('=')[0]} is written by `serve`",
+                f"{option} is written by `serve`",
                 hint="drop it, or start the engine yourself with your own configuration",
             )
     k = num_speculative_tokens or resolved.num_speculative_tokens

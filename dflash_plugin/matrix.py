@@ -191,7 +191,7 @@ def load(path: Path | None = None) -> Matrix:
         raise MatrixError(
             f"{path}: cannot be read ({err.strerror})", hint="check the path"
         ) from err
-    except tomllib.TOMLDecodeError as err:
+    except (ValueError, RecursionError) as err:  # bad TOML, or not UTF-8
         raise MatrixError(f"{path}: not valid TOML: {err}", hint="correct the line named") from err
 
     top = _Table(path, "top level", raw)
@@ -210,6 +210,13 @@ def load(path: Path | None = None) -> Matrix:
                 )
             cells[cell.id] = cell
     known = tuple(_known(table, cells) for table in top.tables("known"))
+    rows = [(row.cell, row.verdict) for row in known]
+    for cell_id, verdict in rows:
+        if rows.count((cell_id, verdict)) > 1:
+            raise MatrixError(
+                f"{path}: [[known]] lists {verdict} of {cell_id} twice",
+                hint="remove one of the two",
+            )
     top.finish()
     return Matrix(path, engines, variants, pairs, profiles, tuple(cells.values()), known)
 
@@ -248,7 +255,7 @@ def _pair(table: _Table) -> Pair:
         expected.append(
             Expected(
                 prompts=sub.take("prompts", str),
-                num_speculative_tokens=sub.take("num_speculative_tokens", int),
+                num_speculative_tokens=sub.count("num_speculative_tokens"),
                 al=sub.number("al"),
                 tolerance=sub.number("tolerance"),
                 source=sub.take("source", str),
@@ -262,7 +269,7 @@ def _pair(table: _Table) -> Pair:
         draft=table.take("draft", str),
         draft_revision=table.take("draft_revision", str, default=None),
         embedded=table.take("embedded", bool, default=False),
-        num_speculative_tokens=table.take("num_speculative_tokens", int),
+        num_speculative_tokens=table.count("num_speculative_tokens"),
         notes=table.take("notes", str, default=""),
         expected=tuple(expected),
     )
@@ -291,6 +298,9 @@ def _cells(
     pairs: Mapping[str, Pair],
 ) -> Iterator[Cell]:
     chosen = {key: table.strings(key) for key in ("engines", "variants", "platforms", "pairs")}
+    for key, names in chosen.items():
+        if not names:
+            raise table.error(f"{key} is empty, so nothing would be run")
     table.finish()
     for engine_id in chosen["engines"]:
         engine = table.reference("engines", engine_id, engines)
@@ -343,6 +353,12 @@ class _Table:
         value = self.raw.pop(key)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.error(f"{key} is {value!r}, expected {kind.__name__}")
+        return value
+
+    def count(self, key: str) -> int:
+        value: int = self.take(key, int)
+        if value < 1:
+            raise self.error(f"{key} is {value}, expected at least 1")
         return value
 
     def number(self, key: str) -> float:

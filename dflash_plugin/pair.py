@@ -8,17 +8,18 @@ i.e. Transformers' ``hidden_states[i + 1]``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import check_tensors, read_tensors, sha256_file, weight_files
+from .config_file import Fields, read_config
 from .errors import CheckpointError, DFlashError, ModelNotFoundError, PairMismatchError
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
+_MOST_LAYERS = 1000  # beyond it a typing error, and every layer is listed by name
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,24 @@ class DraftConfig:
             PairMismatchError: not a DFlash v1 draft, or a field is missing or impossible.
         """
         path = folder / "config.json"
-        return cls.from_dict(_read_config(folder), path)
+        return cls.from_dict(read_config(folder), path)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: Path) -> DraftConfig:
         """Normalise an already parsed ``config.json``; ``source`` is for messages."""
-        architectures = raw.get("architectures") or []
-        if any("DFlash2" in str(name) for name in architectures):
-            raise PairMismatchError(
-                f"{source}: {architectures[0]} is a DFlash 2 draft; only DFlash (v1) is supported",
-                hint="use the target's DFlashDraftModel checkpoint",
-            )
         dflash = raw.get("dflash_config")
+        get = Fields(source, raw, dflash if isinstance(dflash, Mapping) else {})
+        for name in get.strings("architectures"):
+            if "DFlash2" in name:
+                raise PairMismatchError(
+                    f"{source}: {name} is a DFlash 2 draft; only DFlash (v1) is supported",
+                    hint="use the target's DFlashDraftModel checkpoint",
+                )
         if not isinstance(dflash, Mapping):
             raise PairMismatchError(
                 f"{source}: no dflash_config table, so this is not a DFlash draft",
                 hint="check that --draft names the draft, not the target",
             )
-        get = _Fields(source, raw, dflash)
         hidden, heads = get.integer("hidden_size"), get.integer("num_attention_heads")
         kv_heads = get.integer("num_key_value_heads", default=heads)
         if heads % kv_heads:
@@ -95,12 +96,13 @@ class DraftConfig:
         if (
             not isinstance(taps, list)
             or not taps
-            or not all(isinstance(tap, int) and tap >= 0 for tap in taps)
+            or not all(type(tap) is int and tap >= 0 for tap in taps)
         ):
             raise get.wrong("dflash_config.target_layer_ids", "a list of layer indices", taps)
-        num_layers = get.integer("num_hidden_layers")
-        softcap = get.either("final_logit_softcapping")
-        num_target_layers = raw.get("num_target_layers")
+        num_layers = get.integer("num_hidden_layers", at_most=_MOST_LAYERS)
+        depth_is_stated = raw.get("num_target_layers") is not None
+        num_target_layers = get.integer("num_target_layers") if depth_is_stated else None
+        softcap = get.number("final_logit_softcapping", nested=True, default=0.0, at_least=0.0)
         return cls(
             source=source,
             hidden_size=hidden,
@@ -110,19 +112,19 @@ class DraftConfig:
             num_kv_heads=kv_heads,
             head_dim=get.integer("head_dim", default=hidden // heads),
             vocab_size=get.integer("vocab_size"),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=get.number("rms_norm_eps", default=1e-6),
             max_position_embeddings=get.integer("max_position_embeddings", default=1 << 31),
-            rope=rope_parameters(raw),
+            rope=get.rope(),
             block_size=get.integer("block_size", nested=True, at_least=2),
             mask_token_id=get.integer("mask_token_id", nested=True, at_least=0),
             target_layer_ids=tuple(taps),
             target_hidden_size=get.integer("target_hidden_size", default=hidden),
-            num_target_layers=num_target_layers if isinstance(num_target_layers, int) else None,
+            num_target_layers=num_target_layers,
             layers=_layer_attention(get, num_layers),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            hidden_act=str(raw.get("hidden_act", "silu")),
-            input_embedding_scale=float(get.either("input_embedding_scale") or 1.0),
-            final_logit_softcapping=float(softcap) if softcap else None,
+            attention_bias=get.boolean("attention_bias", raw) or False,
+            hidden_act=get.text("hidden_act", default="silu"),
+            input_embedding_scale=get.number("input_embedding_scale", nested=True, default=1.0),
+            final_logit_softcapping=softcap or None,
             raw=raw,
         )
 
@@ -179,10 +181,10 @@ class TargetConfig:
     @classmethod
     def from_dir(cls, folder: Path) -> TargetConfig:
         """Read ``folder/config.json``; multimodal targets by their ``text_config``."""
-        raw, path = _read_config(folder), folder / "config.json"
+        raw, path = read_config(folder), folder / "config.json"
         text = raw.get("text_config")
         merged = {**raw, **text} if isinstance(text, Mapping) else raw
-        get = _Fields(path, merged, {})
+        get = Fields(path, merged, {})
         return cls(
             source=path,
             model_type=str(merged.get("model_type", "unknown")),
@@ -277,6 +279,10 @@ def preflight(
             checks.append(Check(name, "skipped", str(skip)))
         except DFlashError as err:
             checks.append(Check(name, "failed", err.message, err.hint, err.exit_code))
+        except OSError as err:
+            remedy = "check the permissions and the disk"
+            code = CheckpointError.exit_code
+            checks.append(Check(name, "failed", f"cannot be read: {err}", remedy, code))
     return checks
 
 
@@ -378,54 +384,7 @@ def check_revision(folder: Path, sha256: str) -> str:
     return f"sha256 {sha256[:16]}…"
 
 
-def rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE settings under one spelling: ``rope_type``, ``rope_theta`` and the scaling's own.
-
-    Transformers 4 writes ``rope_theta`` + ``rope_scaling``, Transformers 5
-    ``rope_parameters``; published drafts have either, or both.
-    """
-    merged: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
-    if raw.get("rope_theta") is not None:
-        merged["rope_theta"] = float(raw["rope_theta"])
-    for key in ("rope_scaling", "rope_parameters"):
-        extra = raw.get(key)
-        if isinstance(extra, Mapping):
-            extra = {k: v for k, v in extra.items() if v is not None}
-            if "type" in extra and "rope_type" not in extra:
-                extra["rope_type"] = extra.pop("type")
-            merged.update(extra)
-    return merged
-
-
-class _Fields:
-    """Typed access to a config with errors that name file and field."""
-
-    def __init__(self, source: Path, raw: Mapping[str, Any], dflash: Mapping[str, Any]) -> None:
-        self.source, self.raw, self.dflash = source, raw, dflash
-
-    def wrong(self, name: str, expected: str, found: Any) -> PairMismatchError:
-        return PairMismatchError(
-            f"{self.source}: {name} is {json.dumps(found)}, expected {expected}",
-            hint="compare config.json with the published one",
-        )
-
-    def either(self, name: str) -> Any:
-        """``dflash_config.<name>`` or, failing that, the top level's."""
-        nested = self.dflash.get(name)
-        return self.raw.get(name) if nested is None else nested
-
-    def integer(
-        self, name: str, *, default: int | None = None, nested: bool = False, at_least: int = 1
-    ) -> int:
-        value = self.either(name) if nested else self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise self.wrong(name, f"an integer >= {at_least}", value)
-        return value
-
-
-def _layer_attention(get: _Fields, num_layers: int) -> tuple[LayerAttention, ...]:
+def _layer_attention(get: Fields, num_layers: int) -> tuple[LayerAttention, ...]:
     """Window and causality per layer, by the precedence vLLM's ``qwen3_dflash`` uses.
 
     Window: ``layer_types``, or every layer where ``dflash_config.use_swa``.
@@ -433,48 +392,30 @@ def _layer_attention(get: _Fields, num_layers: int) -> tuple[LayerAttention, ...
     """
     types = get.raw.get("layer_types")
     if types is not None and (
-        not isinstance(types, list) or len(types) != num_layers or not set(types) <= {SLIDING, FULL}
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or not all(kind in (SLIDING, FULL) for kind in types)
     ):
         raise get.wrong("layer_types", f"{num_layers} of {FULL} / {SLIDING}", types)
-    use_swa = bool(get.dflash.get("use_swa", False))
+    use_swa = get.boolean("use_swa", get.dflash) or False
     if types is None or (use_swa and SLIDING not in types):
         sliding = [use_swa] * num_layers
     else:
         sliding = [kind == SLIDING for kind in types]
     window = get.dflash.get("swa_window_size", get.raw.get("sliding_window"))
-    if any(sliding) and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+    if any(sliding) and (type(window) is not int or window < 1):
         raise get.wrong(
             "sliding_window", "an integer >= 1 (layer_types has sliding layers)", window
         )
 
-    stated = get.raw.get("is_causal")
+    stated = get.boolean("is_causal", get.raw)
     if stated is None:
-        stated = get.dflash.get("causal")
+        stated = get.boolean("causal", get.dflash)
     named_sliding = [kind == SLIDING for kind in types] if types else [False] * num_layers
     return tuple(
         LayerAttention(
             window=window if is_sliding else None,
-            causal=named if stated is None else bool(stated),
+            causal=named if stated is None else stated,
         )
         for is_sliding, named in zip(sliding, named_sliding, strict=True)
     )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ModelNotFoundError(
-            f"{folder}: no such model folder",
-            hint="give a local folder that holds config.json, or a hub id such as Qwen/Qwen3-8B",
-        )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise ModelNotFoundError(
-            f"{path}: no such file", hint="every model folder has a config.json"
-        ) from err
-    except (ValueError, OSError) as err:
-        raise PairMismatchError(f"{path}: not readable JSON ({err})") from err
-    if not isinstance(raw, dict):
-        raise PairMismatchError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw

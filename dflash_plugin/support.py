@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 
 class Level(str, Enum):
@@ -133,7 +133,7 @@ def decide(engine: str, version: str, platform: str) -> Support:
         )
     try:
         parsed = Version(version)
-    except InvalidVersion:
+    except ValueError:  # InvalidVersion, or more digits than Python converts
         return refused(f"{version!r} is not a version number", "install a published release")
     base = Version(parsed.base_version if not parsed.is_postrelease else parsed.public)
     newest = max(Version(row.last) for row in _VLLM)

@@ -6,8 +6,10 @@ here, vLLM runs as if the package were not installed, and one log line says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 
 _ANNOUNCED = "DFLASH_PLUGIN_ANNOUNCED"
 _registered = False
@@ -19,8 +21,7 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    # A child of "vllm", so that the engine's own handlers print it.
-    log = logging.getLogger("vllm.plugins.dflash")
+    log = _logger()
     try:
         from . import engines, support
 
@@ -42,3 +43,15 @@ def register() -> None:
         log.exception(
             "dflash-plugin: not active because of the error below; vLLM runs as published"
         )
+
+
+def _logger() -> logging.Logger:
+    """A child of vLLM's logger, so that the engine's own handlers print it.
+
+    The first process loads plugins before anything has imported ``vllm.logger``, which
+    is what gives the "vllm" logger its handler and level.
+    """
+    if "vllm" in sys.modules:
+        with contextlib.suppress(Exception):
+            import vllm.logger  # noqa: F401
+    return logging.getLogger("vllm.plugins.dflash")

@@ -84,7 +84,9 @@ class ServerClient:
         tokens = answer.get("tokens")
         if not isinstance(tokens, list) or not tokens:
             raise RequestError(f"{self.base_url}/tokenize: no tokens in {str(answer)[:200]}")
-        return [int(token) for token in tokens]
+        if not all(isinstance(token, int) for token in tokens):
+            raise RequestError(f"{self.base_url}/tokenize: not token ids: {str(tokens)[:200]}")
+        return tokens
 
     def complete(
         self, prompt: Sequence[int], max_tokens: int, *, temperature: float = 0.0
@@ -117,7 +119,7 @@ class ServerClient:
                 choices = json.loads(event)["choices"]
                 ids = [int(token) for c in choices for token in c["token_ids"] or []]
                 reason = next((c["finish_reason"] for c in choices if c["finish_reason"]), reason)
-            except (ValueError, KeyError, TypeError) as err:
+            except (ValueError, KeyError, TypeError, OverflowError) as err:
                 raise RequestError(
                     f"{self.base_url}: unreadable stream event {event[:200]!r}",
                     hint="is this a vLLM server of 0.18 or newer?",
@@ -159,7 +161,12 @@ class ServerClient:
         for line in text.splitlines():
             match = _METRIC.match(line)
             if match:
-                samples.append((match[1], match[2] or "", float(match[3])))
+                try:
+                    samples.append((match[1], match[2] or "", float(match[3])))
+                except ValueError as err:
+                    raise RequestError(
+                        f"{self.base_url}/metrics: unreadable sample {line[:200]!r}"
+                    ) from err
         return samples
 
     def acceptance(self, num_speculative_tokens: int) -> AcceptanceStats:
@@ -171,18 +178,18 @@ class ServerClient:
         drafts = 0
         positions = [0] * num_speculative_tokens
         seen = False
-        for name, labels, value in self.metrics():
-            if name == "vllm:spec_decode_num_drafts_total":
-                seen = True
-                drafts += int(value)
-            elif name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
-                match = re.search(r'position="(\d+)"', labels)
-                if match and int(match[1]) < num_speculative_tokens:
-                    positions[int(match[1])] += int(value)
         try:
+            for name, labels, value in self.metrics():
+                if name == "vllm:spec_decode_num_drafts_total":
+                    seen = True
+                    drafts += int(value)
+                elif name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
+                    match = re.search(r'position="(\d+)"', labels)
+                    if match and int(match[1]) < num_speculative_tokens:
+                        positions[int(match[1])] += int(value)
             if seen:
                 return AcceptanceStats(drafts, tuple(positions))
-        except ValueError as err:
+        except (ValueError, OverflowError) as err:
             raise RequestError(f"{self.base_url}/metrics: {err}") from err
         raise RequestError(
             f"{self.base_url}/metrics: no vllm:spec_decode counters",
@@ -200,7 +207,9 @@ class ServerClient:
                 *lines, buffer = buffer.split(b"\n")
                 for line in lines:
                     if line.startswith(b"data:"):
-                        yield line[5:].strip().decode()
+                        yield line[5:].strip().decode(errors="replace")
+            if buffer.startswith(b"data:"):  # the last line, where its end of line is missing
+                yield buffer[5:].strip().decode(errors="replace")
         except self._requests.RequestException as err:
             raise RequestError(
                 f"{self.base_url}{path}: the connection broke ({type(err).__name__})",
@@ -227,13 +236,15 @@ class ServerClient:
             answer = self._requests.request(
                 method, url, json=body, timeout=self.timeout, stream=stream
             )
+            # Reading the text of a streamed answer can fail as well.
+            refusal = answer.text[:300] if answer.status_code != 200 else None
         except self._requests.RequestException as err:
             raise RequestError(
                 f"{url}: no answer ({type(err).__name__})", hint="see the server's log"
             ) from err
-        if answer.status_code != 200:
+        if refusal is not None:
             raise RequestError(
-                f"{url}: HTTP {answer.status_code}: {answer.text[:300]}",
+                f"{url}: HTTP {answer.status_code}: {refusal}",
                 hint="see the server's log",
             )
         return answer

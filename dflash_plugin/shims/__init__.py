@@ -57,7 +57,7 @@ def install(names: Sequence[str], log: logging.Logger) -> None:
         def changed(module: ModuleType, shim: Shim = shim) -> None:
             _apply(shim, module, log)
 
-        _after_import(shim.module, changed)
+        _after_import(shim.module, shim.name, changed)
 
 
 def fingerprint(function: object) -> str:
@@ -96,20 +96,28 @@ def _apply(shim: Shim, module: ModuleType, log: logging.Logger) -> None:
         log.exception("dflash-plugin: %s not applied because of the error below", shim.name)
 
 
-def _after_import(name: str, action: Callable[[ModuleType], None]) -> None:
+def _after_import(name: str, key: str, action: Callable[[ModuleType], None]) -> None:
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         action(module)
         return
-    if not any(isinstance(f, _Finder) and f.name == name for f in sys.meta_path):
-        sys.meta_path.insert(0, _Finder(name, action))
+    finder = next((f for f in sys.meta_path if isinstance(f, _Finder) and f.name == name), None)
+    if finder is None:
+        finder = _Finder(name)
+        sys.meta_path.insert(0, finder)
+    finder.actions.setdefault(key, action)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the import system find ``name`` as ever, and acts once it is loaded."""
+    """Lets the import system find ``name`` as ever, and acts once it is loaded.
 
-    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
-        self.name, self.action = name, action
+    It stays until then: looking for a module (``importlib.util.find_spec``) is not
+    importing it, and an import that fails may be tried again.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.actions: dict[str, Callable[[ModuleType], None]] = {}
 
     def find_spec(
         self,
@@ -119,23 +127,40 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.action)
-        return spec
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = (
+                find(fullname, path, target) if find and finder is not self else None
+            )
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Loader(spec.loader, self)
+                return spec
+        return None
+
+    def loaded(self, module: ModuleType) -> None:
+        """Act, once, and leave."""
+        # A new list: other threads may be walking the old one, and would skip a finder.
+        sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
+        actions, self.actions = self.actions, {}
+        for action in actions.values():
+            action(module)
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader, action: Callable[[ModuleType], None]) -> None:
-        self.loader, self.action = loader, action
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        # From here on the module looks as if nobody had been between.
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        self.action(module)
+        self.finder.loaded(module)
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.loader, name)  # get_source and friends, for tracebacks
+        return getattr(self.loader, name)  # get_source and friends, for who only looks

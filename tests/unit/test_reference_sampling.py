@@ -18,7 +18,7 @@ from dflash_plugin.reference.sampling import Sampler  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
-VOCAB, PROMPT, RUNS = 8, 3, 4000
+VOCAB, PROMPT, RUNS = 8, 3, 2500
 
 
 def table(seed: int) -> Any:

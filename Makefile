@@ -1,0 +1,44 @@
+# Two commands on a fresh machine with Python >= 3.11: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+OUT    ?= out/demo
+
+.PHONY: demo test test-unit lint format matrix clean setup
+
+demo: $(VENV)/.installed
+	$(PY) -m ci run 'vllm-0.32.0/plugin/cpu/smollm2-135m' --profile demo --out $(OUT)
+
+test: setup
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-unit: setup
+	$(PY) -m pytest tests/unit $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m ci lint
+
+format: $(VENV)/.installed
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Every cell with every prompt: an hour and more; keeps the results in docs/results/.
+matrix: $(VENV)/.installed
+	$(PY) -m ci run --profile full --compiled --out out/matrix --resume --save $(MATRIX_ARGS)
+	$(PY) -m ci report --readme
+
+# The tests of the reference need torch: the environment for its replay has it.
+setup: $(VENV)/.installed
+	$(PY) -m ci env reference --link $(VENV)
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed here (the engine wheels ask for it): make PYTHON=python3.12 …")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist
