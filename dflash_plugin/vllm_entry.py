@@ -6,10 +6,8 @@ here, vLLM runs as if the package were not installed, and one log line says so.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import sys
 
 _ANNOUNCED = "DFLASH_PLUGIN_ANNOUNCED"
 _registered = False
@@ -21,7 +19,8 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    log = _logger()
+    # A child of "vllm", so that the engine's own handlers print it.
+    log = logging.getLogger("vllm.plugins.dflash")
     try:
         from . import engines, support
 
@@ -30,11 +29,7 @@ def register() -> None:
             log.warning("dflash-plugin: no vLLM distribution found; nothing done")
             return
         decision = support.decide("vllm", engine.version, engine.platform)
-        # One line per server, not one per process: the API server comes first, and
-        # the engine and worker processes inherit its environment.
-        level = logging.DEBUG if os.environ.get(_ANNOUNCED) else logging.INFO
-        os.environ[_ANNOUNCED] = str(os.getpid())
-        log.log(level, "dflash-plugin: %s", decision.line())
+        _announce(log, decision.line())
         if decision.shims:
             from . import shims
 
@@ -45,13 +40,12 @@ def register() -> None:
         )
 
 
-def _logger() -> logging.Logger:
-    """A child of vLLM's logger, so that the engine's own handlers print it.
+def _announce(log: logging.Logger, line: str) -> None:
+    """One line per server, not one per process: children inherit the environment.
 
-    The first process loads plugins before anything has imported ``vllm.logger``, which
-    is what gives the "vllm" logger its handler and level.
+    The first process may load plugins before vLLM has set up its logging (0.32 does);
+    the line is then left to the first process that can print it.
     """
-    if "vllm" in sys.modules:
-        with contextlib.suppress(Exception):
-            import vllm.logger  # noqa: F401
-    return logging.getLogger("vllm.plugins.dflash")
+    if log.isEnabledFor(logging.INFO) and not os.environ.get(_ANNOUNCED):
+        os.environ[_ANNOUNCED] = str(os.getpid())
+        log.info("dflash-plugin: %s", line)
