@@ -17,6 +17,9 @@ from .judge import first_difference
 from .measure import in_parallel
 from .prompts import Prompt
 
+SETTLE = 0.25
+"""Seconds between two looks at a server's counters."""
+
 
 def run_exact(
     base: ServerClient,
@@ -127,7 +130,7 @@ def _settled(client: ServerClient, num_speculative_tokens: int) -> AcceptanceSta
     """Counters once they have stopped moving: an engine updates them after it answers."""
     last = client.acceptance(num_speculative_tokens)
     for _ in range(20):
-        time.sleep(0.25)
+        time.sleep(SETTLE)
         now = client.acceptance(num_speculative_tokens)
         if now == last:
             return now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,10 +51,12 @@ def replay(
         ]
         root = str(Path(dflash_plugin.__file__).parents[1])
         env = {**os.environ, "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
-        # Its progress bar goes to our stderr; only a failure's text is wanted here.
-        answer = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
+        # On a terminal its progress bar is shown; elsewhere its last lines are kept.
+        stderr = None if sys.stderr.isatty() else subprocess.PIPE
+        answer = subprocess.run(command, env=env, stderr=stderr, text=True, check=False)
         if answer.returncode != 0:
-            tail = "\n".join(f"    | {line}" for line in answer.stderr.splitlines()[-8:])
+            lines = (answer.stderr or "see above").splitlines()[-8:]
+            tail = "\n".join(f"    | {line}" for line in lines)
             raise ReplayError(
                 f"the reference's replay ended with exit code {answer.returncode}\n{tail}",
                 hint="run it by hand: " + " ".join(command[:8]),

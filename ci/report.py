@@ -121,11 +121,10 @@ def summary(result: CellResult) -> str:
             f"  AL        {result.al:.3f} (reference's replay: {_number(result.al_reference, 3)})"
         )
     for level in result.faster.evidence.get("levels", []):
-        kinds = ", ".join(f"{k} {v:.2f}x" for k, v in level["by_kind"].items())
         low, high = level["spread"]
         lines.append(
             f"  speed-up  {level['speedup']:.2f}x at concurrency {level['concurrency']} "
-            f"({low:.2f}–{high:.2f} over {level['rounds']} interleaved rounds; {kinds})"
+            f"({low:.2f}–{high:.2f} over {level['rounds']} interleaved rounds{_kinds(level)})"
         )
     return "\n".join(lines)
 
@@ -181,14 +180,13 @@ def _details(result: CellResult) -> list[str]:
         )
     for level in result.faster.evidence.get("levels", []):
         base, fast = level["base"], level["dflash"]
-        kinds = ", ".join(f"{k} {v:.2f}x" for k, v in level["by_kind"].items())
         lines.append(
             f"concurrency {level['concurrency']}: {level['speedup']:.2f}x "
             f"({level['spread'][0]:.2f}–{level['spread'][1]:.2f}, {level['rounds']} rounds); "
             f"{base['tokens_per_second']:.1f} -> {fast['tokens_per_second']:.1f} tokens/s, "
             f"time to first token {base['ttft_ms']:.0f} -> {fast['ttft_ms']:.0f} ms, "
-            f"inter-token latency {_number(base['itl_ms'], 1)} -> {_number(fast['itl_ms'], 1)} ms; "
-            f"{kinds}"
+            f"inter-token latency {_number(base['itl_ms'], 1)} -> {_number(fast['itl_ms'], 1)} ms"
+            f"{_kinds(level)}"
         )
     settings, env = result.settings, result.environment
     if "num_speculative_tokens" in settings:
@@ -239,6 +237,13 @@ def _speedup(result: CellResult) -> str:
     levels = result.faster.evidence.get("levels", [])
     low, high = next((x["spread"] for x in levels if x["concurrency"] == 1), (None, None))
     return f"{result.speedup:.2f}x ({_number(low)}–{_number(high)})"
+
+
+def _kinds(level: Mapping[str, Any]) -> str:
+    """Ratios by kind of prompt, where one request at a time makes them comparable."""
+    if level["concurrency"] != 1:
+        return ""
+    return "; " + ", ".join(f"{kind} {ratio:.2f}x" for kind, ratio in level["by_kind"].items())
 
 
 def _words(status: str) -> str:

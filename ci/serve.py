@@ -33,6 +33,8 @@ MODEL_NAME = "target"
 READY_TIMEOUT = 600.0
 STOP_GRACE = 15.0
 """Seconds between SIGTERM and SIGKILL."""
+POLL = 0.2
+"""Seconds between two looks at a server that is not ready."""
 RECORDER = Path(__file__).parent / "recorder"
 _LOG_LINES = 20
 
@@ -151,7 +153,7 @@ def _wait_ready(servers: Sequence[Server], timeout: float) -> None:
                 hint=f"see {spec.log}, or allow more time with --ready-timeout",
             )
         if waiting:
-            time.sleep(0.2)
+            time.sleep(POLL)
 
 
 class Server:

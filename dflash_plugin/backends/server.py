@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ..acceptance import AcceptanceStats
 from ..errors import MissingDependencyError, RequestError
@@ -64,11 +65,14 @@ class ServerClient:
             ) from err
         self._requests = requests
         self.base_url, self.model, self.timeout = base_url.rstrip("/"), model, timeout
+        # HTTP_PROXY is for other machines, also where NO_PROXY forgets to say so.
+        local = urlsplit(base_url).hostname in ("127.0.0.1", "::1", "localhost")
+        self._proxies = dict.fromkeys(("http", "https", "all"), "") if local else None
 
     def ready(self) -> bool:
         """Whether the server answers its health check with 200 right now."""
         try:
-            answer = self._requests.get(self.base_url + "/health", timeout=5)
+            answer = self._requests.get(self.base_url + "/health", timeout=5, proxies=self._proxies)
         except self._requests.RequestException:
             return False
         return answer.status_code == 200
@@ -116,7 +120,13 @@ class ServerClient:
                 break
             now = time.perf_counter() - start
             try:
-                choices = json.loads(event)["choices"]
+                answer = json.loads(event)
+                if isinstance(answer, dict) and "error" in answer:
+                    raise RequestError(
+                        f"{self.base_url}: the server gave up: {event[:300]}",
+                        hint="see the server's log",
+                    )
+                choices = answer["choices"]
                 ids = [int(token) for c in choices for token in c["token_ids"] or []]
                 reason = next((c["finish_reason"] for c in choices if c["finish_reason"]), reason)
             except (ValueError, KeyError, TypeError, OverflowError) as err:
@@ -234,7 +244,12 @@ class ServerClient:
         url = self.base_url + path
         try:
             answer = self._requests.request(
-                method, url, json=body, timeout=self.timeout, stream=stream
+                method,
+                url,
+                json=body,
+                timeout=self.timeout,
+                stream=stream,
+                proxies=self._proxies,
             )
             # Reading the text of a streamed answer can fail as well.
             refusal = answer.text[:300] if answer.status_code != 200 else None

@@ -56,7 +56,7 @@ SHIM = Shim(
         "DFlashQwen3Model._normalize_context_k": frozenset(
             {
                 "4fae88c9d7bed79c",  # 0.31.0
-                "454c99d6706a5907",  # 0.32.0
+                "454c99d6706a5907",  # 0.32.0, 0.33.0
             }
         ),
     },

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class CellRun:
-    """One finished `python -m ci run`: its exit code, output and first result."""
+    """One finished `python -m ci` command: its exit code, output and first result."""
 
     exit_code: int
     output: str
@@ -35,10 +35,10 @@ class CellRun:
     result: dict
 
 
-def run_cell(out: Path, *args: str) -> CellRun:
+def harness(out: Path, command: str, *args: str) -> CellRun:
     """Run the harness as a user would, in a process of its own."""
-    command = [sys.executable, "-m", "ci", "run", *args, "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    line = [sys.executable, "-m", "ci", command, *args, "--out", str(out)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     results = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return CellRun(done.returncode, done.stdout + done.stderr, out, results[0])
 
@@ -71,10 +71,10 @@ def pair() -> demo.DemoPair:
 @pytest.fixture(scope="session")
 def plugin_run(tmp_path_factory: pytest.TempPathFactory) -> CellRun:
     out = tmp_path_factory.mktemp("plugin")
-    return run_cell(out, f"{ENGINE}/plugin/cpu/smollm2-135m", "--profile", "ci")
+    return harness(out, "run", f"{ENGINE}/plugin/cpu/smollm2-135m", "--profile", "ci")
 
 
 @pytest.fixture(scope="session")
 def stock_run(tmp_path_factory: pytest.TempPathFactory) -> CellRun:
     out = tmp_path_factory.mktemp("stock")
-    return run_cell(out, f"{ENGINE}/stock/cpu/smollm2-135m", "--profile", "ci")
+    return harness(out, "check", f"{ENGINE}/stock/cpu/smollm2-135m", "--profile", "ci")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import check, plan, prompts, replay
+from ci import check, judge, plan, prompts, replay
 from ci.environment import Environment
 from ci.pipeline import CellRun
 from ci.serve import serve_all
@@ -130,7 +130,7 @@ def test_blocks_are_not_those_of_the_good_draft(
     name: str, exact: dict[str, dict], pair: demo.DemoPair, reference_env: Environment
 ) -> None:
     """An engine that runs a good draft wrongly."""
-    verdict = check.judge_faithful(
+    verdict = judge.judge_faithful(
         exact[name], replayed(exact[name], pair.draft, pair, reference_env)
     )
     assert verdict.status == "failed"
@@ -148,8 +148,8 @@ def test_engine_and_reference_agree_and_it_is_still_caught(
     """A draft that is broken itself: every block equal, but AL is not what the pair has."""
     ours = replayed(exact[name], drafts[name], pair, reference_env)
     expected = matrix.load().pair("smollm2-135m").expected
-    assert check.judge_faithful(exact[name], ours).status == "passed"
-    verdict = check.judge_faithful(exact[name], ours, expected)
+    assert judge.judge_faithful(exact[name], ours).status == "passed"
+    verdict = judge.judge_faithful(exact[name], ours, expected)
     assert verdict.status == "failed"
     assert "the draft itself" in verdict.reason
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from .conftest import CellRun
+import time
+from pathlib import Path
+
+from ci import pipeline, plan
+from dflash_plugin import matrix, pair
+
+from .conftest import ENGINE, CellRun
 
 
 def test_plugin_cell_passes_all_three(plugin_run: CellRun) -> None:
@@ -46,3 +52,15 @@ def test_stock_cell_is_lossless_but_not_faithful(stock_run: CellRun) -> None:
     assert result["faithful"]["status"] == "failed"
     blocks = result["faithful"]["evidence"]["blocks"]
     assert blocks["different"] > 0.01 * blocks["steps"]
+
+
+def test_second_run_starts_serving_within_seconds(plugin_run: CellRun, tmp_path: Path) -> None:
+    """Everything before the engine's own start, with environments and models in place."""
+    made = plan.make(matrix.load(), [f"{ENGINE}/plugin/cpu/smollm2-135m"], "demo")
+    start = time.monotonic()
+    run = pipeline.prepare(made.cells[0], made, tmp_path)
+    pair.require(pair.preflight(run.target, run.draft, run.num_speculative_tokens))
+    run.settings()
+    for draft in (False, True):
+        run.server(draft, "float32").command(1)
+    assert time.monotonic() - start < 5

@@ -53,13 +53,12 @@ def test_dtypes_of_unknown_width_are_taken_by_their_offsets(tmp_path):
     assert checkpoint.read_header(write_raw(tmp_path / "x", header, 2))["a"].shape == (3,)
 
 
-def test_the_header_is_all_that_is_read(file, monkeypatch):
-    monkeypatch.setattr(checkpoint, "sha256_file", None)
-    size = file.stat().st_size
-    with file.open("r+b") as stream:
-        stream.seek(size - 1)
-        stream.write(b"\xff")
-    assert len(checkpoint.read_header(file)) == len(SHAPES)
+def test_no_tensor_data_is_read(tmp_path):
+    size = 1 << 36  # sparse: takes no room, but reading it would take minutes
+    path = write_raw(tmp_path / "x", header_of({"a": (size,)}, "U8"))
+    with path.open("r+b") as stream:
+        stream.truncate(path.stat().st_size + size)
+    assert checkpoint.read_header(path)["a"].shape == (size,)
 
 
 def test_it_agrees_with_the_safetensors_package(tmp_path):
@@ -202,15 +201,25 @@ def test_shards_are_those_of_the_index(tmp_path):
 def test_missing_shards_are_named(tmp_path):
     write_weights(tmp_path / "1.safetensors", {"a": (1,)})
     sharded(tmp_path, {"a": "1.safetensors", "b": "2.safetensors", "c": "3.safetensors"})
-    with pytest.raises(ModelNotFoundError, match="2.safetensors, 3.safetensors"):
+    with pytest.raises(ModelNotFoundError, match=r"2\.safetensors, 3\.safetensors"):
         checkpoint.weight_files(tmp_path)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "{}", "5", '{"weight_map": []}', '{"weight_map": {}}']
-    + ['{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}', '{"weight_map": {"a": null}}']
-    + ["[" * 50_000],
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        "5",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": []}}',
+        '{"weight_map": {"a": null}}',
+        "[" * 50_000,
+    ],
 )
 def test_a_bad_index_is_named(tmp_path, text):
     write_weights(tmp_path / "model.safetensors", {"a": (1,)})
@@ -281,8 +290,8 @@ MUTATION = st.tuples(st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 
 def test_damaged_files_raise_our_errors_alone(file, mutations):
     write_weights(file, SHAPES)
     data = bytearray(file.read_bytes())
-    for kind, at, extra in mutations:
-        at %= len(data) or 1
+    for kind, place, extra in mutations:
+        at = place % (len(data) or 1)
         if kind == "flip":
             data[at : at + len(extra)] = extra
         elif kind == "cut":
@@ -293,6 +302,6 @@ def test_damaged_files_raise_our_errors_alone(file, mutations):
     try:
         found = checkpoint.read_tensors(file.parent)
     except (CheckpointError, ModelNotFoundError) as err:
-        assert str(file.parent) in err.message  # noqa: PT017
+        assert str(file.parent) in err.message
     else:
         assert all(isinstance(name, str) for name in found)

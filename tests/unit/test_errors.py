@@ -28,7 +28,12 @@ def ends_with(code: str) -> subprocess.CompletedProcess[str]:
         + "sys.exit(errors.run_cli(main))"
     )
     return subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

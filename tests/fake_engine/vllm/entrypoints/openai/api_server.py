@@ -27,7 +27,7 @@ from socketserver import TCPServer
 
 import fake_model
 
-STEP = 0.002  # seconds
+STEP = 0.001  # seconds
 SHOWN = ("VLLM_", "PYTHON", "LD_", "DFLASH_", "HF_", "VIRTUAL_ENV")
 
 

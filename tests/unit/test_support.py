@@ -1,0 +1,120 @@
+"""The support decision: every release that was looked at, and everything else."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dflash_plugin import shims, support
+from dflash_plugin.support import Level, decide
+
+NATIVE, SHIM, REFUSED = Level.NATIVE, Level.SHIM, Level.REFUSED
+NAMED = sorted({name for row in support._VLLM for name in row.shims})
+
+
+@pytest.mark.parametrize(
+    ("version", "platform", "level"),
+    [
+        ("0.31.0", "cpu", SHIM),
+        ("0.32.0", "cpu", SHIM),
+        ("0.32.0+cpu", "cpu", SHIM),
+        ("0.32.0.post1", "cpu", SHIM),
+        ("0.33.0", "cpu", SHIM),
+        ("0.31.0", "cuda", NATIVE),
+        ("0.32.0+cu130", "cuda", NATIVE),
+        ("0.33.0", "rocm", NATIVE),
+        ("0.33.0", "unknown", NATIVE),
+        ("0.30.0", "cpu", REFUSED),
+        ("0.30.0", "cuda", REFUSED),
+        ("0.25.1", "cuda", REFUSED),
+        ("0.25.2", "cuda", REFUSED),
+        ("0.24.0", "cpu", REFUSED),
+        ("0.24.0", "cuda", REFUSED),
+        ("0.22.0", "cuda", REFUSED),
+        ("0.19.1", "cuda", REFUSED),
+        ("0.1", "cpu", REFUSED),
+        ("0.34.0", "cpu", REFUSED),
+        ("0.34.0", "cuda", REFUSED),
+        ("0.34.0.dev1", "cpu", REFUSED),
+        ("0.33.0.post1", "cpu", REFUSED),
+        ("0.32.0rc1", "cpu", REFUSED),
+        ("0.32.0.dev5+gabcdef", "cuda", REFUSED),
+        ("1!0.32.0", "cuda", REFUSED),
+        ("1.0", "cuda", REFUSED),
+        ("", "cpu", REFUSED),
+        ("nightly", "cpu", REFUSED),
+        ("0.32.0-", "cpu", REFUSED),
+        ("9" * 5000, "cpu", REFUSED),
+    ],
+)
+def test_vllm(version, platform, level):
+    found = decide("vllm", version, platform)
+    assert found.level is level
+    assert found.usable is (level is not REFUSED)
+    assert (found.engine, found.version, found.platform) == ("vllm", version, platform)
+    assert bool(found.next_step) is (level is REFUSED)
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.32.0", "0.33.0"])
+def test_the_cpu_needs_one_repair_and_other_platforms_none(version):
+    assert decide("vllm", version, "cpu").shims == ("context-k-norm",)
+    assert decide("vllm", version, "cuda").shims == ()
+
+
+@pytest.mark.parametrize("engine", ["sglang", "transformers", ""])
+def test_other_engines_run_as_published(engine):
+    found = decide(engine, "0.32.0", "cuda")
+    assert found.level is REFUSED
+    assert "runs as published" in found.reason
+    assert found.next_step
+
+
+def test_a_newer_release_is_told_what_the_newest_known_one_is():
+    assert "newest known release: 0.33.0" in decide("vllm", "0.34.0", "cuda").reason
+
+
+def test_one_line_says_it_all():
+    line = decide("vllm", "0.32.0", "cuda").line()
+    assert (
+        line == "DFlash on vllm 0.32.0 on cuda: native (the release's own dflash is used unchanged)"
+    )
+    assert "\n" not in line
+
+
+def test_rows_are_complete():
+    for row in support._VLLM:
+        assert row.reason
+        assert bool(row.shims) is (row.level is SHIM)
+        assert support.Version(row.first) <= support.Version(row.last)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_shim_named_is_there_and_says_what_it_is_for(name):
+    shim = shims.load(name)
+    assert shim.name == name
+    for text in (shim.symptom, shim.mechanism, shim.removal, shim.module):
+        assert text
+    assert shim.fingerprints
+    for known in shim.fingerprints.values():
+        assert known
+        assert all(len(value) == 16 and int(value, 16) >= 0 for value in known)
+
+
+def test_every_shim_there_is_used():
+    assert sorted(shims.NAMES) == NAMED
+
+
+VERSIONS = st.text() | st.from_regex(r"\d{1,3}(\.\d{1,3}){0,3}(rc|\.dev|\.post|\+)?\w{0,3}")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    engine=st.just("vllm") | st.text(),
+    version=VERSIONS,
+    platform=st.sampled_from(["cpu", "cuda", "unknown"]) | st.text(),
+)
+def test_decide_never_raises(engine, version, platform):
+    found = decide(engine, version, platform)
+    assert found.reason
+    assert found.usable or found.next_step
