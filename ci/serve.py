@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from dflash_plugin import engines
@@ -233,7 +234,12 @@ def stop_all(servers: Sequence[Server]) -> None:
 
 def installed(environment: Environment, engine: str) -> engines.Installed:
     """The engine as the environment's own interpreter sees it."""
-    command = [str(environment.python), str(Path(engines.__file__)), engine]
+    return _installed(environment.python, engine)
+
+
+@lru_cache
+def _installed(python: Path, engine: str) -> engines.Installed:
+    command = [str(python), str(Path(engines.__file__)), engine]
     answer = subprocess.run(
         command, env=_clean_environment(), capture_output=True, text=True, check=False
     )
@@ -241,7 +247,7 @@ def installed(environment: Environment, engine: str) -> engines.Installed:
         return engines.Installed(**json.loads(answer.stdout))
     except (ValueError, TypeError) as err:
         raise EnvironmentBuildError(
-            f"{environment.python}: no {engine} found there: {answer.stderr[-300:]}",
+            f"{python}: no {engine} found there: {answer.stderr[-300:]}",
             hint="remove the environment and run again",
         ) from err
 

@@ -98,6 +98,7 @@ class Engine:
 class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
+    protocol_version = "HTTP/1.1"  # which has chunks, as the real server's streams
     engine: Engine
 
     def do_GET(self):
@@ -142,6 +143,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _stream(self, prompt, limit):
         self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         faults, done = self.engine.faults, 0
         for new in self.engine.steps(prompt, limit):
@@ -156,13 +158,15 @@ class Handler(BaseHTTPRequestHandler):
                 print("fake engine: hanging", flush=True)
                 time.sleep(600)
         self._event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
 
     def _event(self, data):
-        self.wfile.write(f"data: {data}\n\n".encode())
-        self.wfile.flush()
+        event = f"data: {data}\n\n".encode()
+        self.wfile.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
 
     def _send(self, status, text):
         self.send_response(status)
+        self.send_header("Content-Length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
 
