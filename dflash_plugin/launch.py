@@ -53,37 +53,37 @@ def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
         ModelNotFoundError: no such folder, or the matrix has no draft for the target.
         DownloadError, MissingDependencyError: a hub repository cannot be had.
     """
-    row = matrix.load().pair_for(target)
-    if target == DEMO or (row is not None and row.embedded):
-        row = next(p for p in matrix.load().pairs.values() if p.embedded)
-        embedded = demo.demo_pair()
-        target_name, target_dir, local = str(embedded.target), embedded.target, True
-        default_draft: Path | None = embedded.draft
-        sha256: str | None = demo.manifest.read(embedded.draft)["files"]["model.safetensors"][
-            "sha256"
-        ]
+    pairs = matrix.load().pairs.values()
+    row = next((p for p in pairs if p.embedded), None) if target == DEMO else None
+    row = row or matrix.load().pair_for(target)
+    embedded = row is not None and row.embedded
+    # By its own name only: the hub's repository is another precision of the same model.
+    own = demo.demo_pair() if row and embedded and target in (DEMO, row.id) else None
+    if own is not None:
+        target_name, target_dir, local = str(own.target), own.target, True
     else:
         target_name = row.target if row is not None else target
         folder = hub.local_folder(target_name)
         local = folder is not None
         revision = row.target_revision if row is not None else None
         target_dir = folder or hub.fetch(target_name, revision, weights=False)
-        default_draft, sha256 = None, None
         if local:
             target_name = str(target_dir)
 
-    draft_revision = None
+    draft_revision = sha256 = None
     if draft is not None:
-        folder, sha256 = hub.local_folder(draft), None
+        folder = hub.local_folder(draft)
         draft_dir = folder or hub.fetch(draft, None, weights=True)
         draft_name = str(folder) if folder else draft
-    elif default_draft is not None:
-        draft_dir, draft_name = default_draft, str(default_draft)
+    elif embedded:
+        draft_dir = own.draft if own is not None else demo.packaged_draft()
+        draft_name = str(draft_dir)
+        sha256 = demo.manifest.read(draft_dir)["files"]["model.safetensors"]["sha256"]
     elif row is not None:
         draft_name, draft_revision = row.draft, row.draft_revision
         draft_dir = hub.fetch(row.draft, row.draft_revision, weights=True)
     else:
-        known = sorted(p.target for p in matrix.load().pairs.values())
+        known = sorted(p.target for p in pairs)
         raise ModelNotFoundError(
             f"no draft is known for {target}",
             hint=f"name one with --draft; targets with a known draft: {', '.join(known)}",

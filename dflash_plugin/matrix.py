@@ -280,11 +280,11 @@ def _pair(table: _Table) -> Pair:
 def _profile(table: _Table) -> Profile:
     profile = Profile(
         name=table.identifier("name"),
-        lossless_prompts=table.take("lossless_prompts", int),
-        control_prompts=table.take("control_prompts", int),
-        speed_prompts=table.take("speed_prompts", int),
-        speed_rounds=table.take("speed_rounds", int),
-        max_tokens=table.take("max_tokens", int),
+        lossless_prompts=table.count("lossless_prompts"),
+        control_prompts=table.count("control_prompts"),
+        speed_prompts=table.count("speed_prompts"),
+        speed_rounds=table.count("speed_rounds"),
+        max_tokens=table.count("max_tokens"),
         concurrency=table.integers("concurrency"),
     )
     table.finish()

@@ -12,7 +12,7 @@ import pytest
 from installations import install, site_fixture  # noqa: F401  # fixture
 from pairs import make_draft, make_target, write_config
 
-from dflash_plugin import checkpoint, cli, demo, matrix
+from dflash_plugin import checkpoint, cli, demo, launch, matrix
 from dflash_plugin.demo import replace
 
 
@@ -113,6 +113,14 @@ def test_the_usual_wheel_is_served_by_its_own_command(site, pair, capsys):
 def test_engine_arguments_are_passed_on_untouched(engine, pair, capsys):
     given = ["--max-model-len", "4096", "--json", "a b", "--", "--port=1"]
     assert dry_run(capsys, *pair, "--", *given)[-len(given) :] == given
+
+
+def test_the_hub_target_is_not_replaced_by_the_embedded_one(engine, demo_pair, capsys, monkeypatch):
+    target = next(p.target for p in matrix.load().pairs.values() if p.embedded)
+    monkeypatch.setattr(launch.hub, "fetch", lambda repo, revision, *, weights: demo_pair.target)
+    command = dry_run(capsys, target, "--no-preflight")
+    assert command[command.index("--model") + 1] == target
+    assert json.loads(command[-1])["model"] == str(demo.DRAFT)
 
 
 def test_a_draft_named_by_hand_uses_its_whole_block(engine, demo_pair, tmp_path, capsys):
