@@ -69,17 +69,21 @@ def markdown(results: Sequence[CellResult]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def table(results: Sequence[CellResult]) -> list[str]:
-    """The Markdown table of verdicts."""
+def table(
+    results: Sequence[CellResult], known: Callable[[str], Mapping[str, Known]] = lambda _: {}
+) -> list[str]:
+    """The Markdown table of verdicts; failures that the matrix knows are marked."""
     lines = [
-        "| cell | status | lossless | faithful | AL (reference) | speed-up, batch 1 |",
+        "| cell | status | lossless | faithful | AL (reference) | speed-up by concurrency |",
         "|---|---|---|---|---|---|",
     ]
     for r in results:
         al = "–" if r.al is None else f"{r.al:.2f} ({_number(r.al_reference)})"
+        rows = known(r.id)
+
         lines.append(
-            f"| `{r.id}` | {_words(r.status)} | {_words(r.lossless.status)} "
-            f"| {_words(r.faithful.status)} | {al} | {_speedup(r)} |"
+            f"| `{r.id}` | {_words(r.status)} | {_verdict(r, 'lossless', rows)} "
+            f"| {_verdict(r, 'faithful', rows)} | {al} | {_speedup(r)} |"
         )
     return lines
 
@@ -144,7 +148,14 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
             f"{path}: no {BEGIN} … {END} block", hint="put the two lines back"
         ) from err
     results = saved(matrix, root)
-    block = "\n".join([*table(results), "", *_provenance(results)])
+    block = "\n".join(
+        [
+            *table(results, matrix.known_failures),
+            "",
+            *_known(results, matrix),
+            *_provenance(results),
+        ]
+    )
     fresh = f"{head}{BEGIN}\n\n{block}\n{END}{tail}"
     if fresh != text and not check:
         atomic_write_text(path, fresh)
@@ -200,6 +211,17 @@ def _details(result: CellResult) -> list[str]:
     return lines
 
 
+def _known(results: Sequence[CellResult], matrix: Matrix) -> list[str]:
+    """The known failures among ``results``, each with its reason and its end."""
+    lines = [
+        f"- `{row.cell}` is not {row.verdict}: {row.reason}. Until {row.until}."
+        for result in results
+        for row in matrix.known_failures(result.id).values()
+        if getattr(result, row.verdict).status == FAILED
+    ]
+    return [*lines, ""] if lines else []
+
+
 def _provenance(results: Sequence[CellResult]) -> list[str]:
     run = [r for r in results if "num_speculative_tokens" in r.settings]
     if not run:
@@ -232,11 +254,15 @@ def _slim(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _speedup(result: CellResult) -> str:
-    if result.speedup is None:
-        return "–"
-    levels = result.faster.evidence.get("levels", [])
-    low, high = next((x["spread"] for x in levels if x["concurrency"] == 1), (None, None))
-    return f"{result.speedup:.2f}x ({_number(low)}–{_number(high)})"
+    """Median ratios and, for batch 1, its spread; a loss is shown like a gain."""
+    cells = []
+    for level in result.faster.evidence.get("levels", []):
+        text = f"{level['concurrency']}: {level['speedup']:.2f}x"
+        if level["concurrency"] == 1:
+            low, high = level["spread"]
+            text += f" ({low:.2f}–{high:.2f})"
+        cells.append(text)
+    return ", ".join(cells) or "–"
 
 
 def _kinds(level: Mapping[str, Any]) -> str:
@@ -244,6 +270,11 @@ def _kinds(level: Mapping[str, Any]) -> str:
     if level["concurrency"] != 1:
         return ""
     return "; " + ", ".join(f"{kind} {ratio:.2f}x" for kind, ratio in level["by_kind"].items())
+
+
+def _verdict(result: CellResult, name: str, known: Mapping[str, Known]) -> str:
+    status: str = getattr(result, name).status
+    return _words(status) + (" (known)" if name in known and status == FAILED else "")
 
 
 def _words(status: str) -> str:
