@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from cell_runs import ENGINE, CellRun
+
 from ci import pipeline, plan
 from dflash_plugin import matrix, pair
-
-from .conftest import ENGINE, CellRun
 
 
 def test_plugin_cell_passes_all_three(plugin_run: CellRun) -> None:
