@@ -194,7 +194,9 @@ def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:
     k = overrides.num_speculative_tokens
     k = cell.pair.num_speculative_tokens if k is None else k
     for half in dict.fromkeys((draft, reference_draft)):
-        pair.require(pair.preflight(target, half, k))
+        # The packaged draft has to be itself; one named on the command line may be anything.
+        own = demo.manifest.hashes(half) if half == demo.DRAFT else None
+        pair.require(pair.preflight(target, half, k, draft_sha256=own))
     folder = make_dir(out / "cells" / cell.id)
     say(f"{cell.id}: environments")
     return CellRun(

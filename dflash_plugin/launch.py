@@ -28,7 +28,7 @@ class ResolvedPair:
     draft: str
     draft_dir: Path
     draft_revision: str | None
-    draft_sha256: str | None
+    draft_sha256: Mapping[str, str] | None
     num_speculative_tokens: int | None
 
     def preflight(self, num_speculative_tokens: int | None = None) -> list[pair.Check]:
@@ -78,7 +78,7 @@ def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
     elif embedded:
         draft_dir = own.draft if own is not None else demo.packaged_draft()
         draft_name = str(draft_dir)
-        sha256 = demo.manifest.read(draft_dir)["files"]["model.safetensors"]["sha256"]
+        sha256 = demo.manifest.hashes(draft_dir)
     elif row is not None:
         draft_name, draft_revision = row.draft, row.draft_revision
         draft_dir = hub.fetch(row.draft, row.draft_revision, weights=True)

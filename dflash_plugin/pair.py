@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import check_tensors, read_tensors, sha256_file, weight_files
+from .checkpoint import check_tensors, read_tensors, sha256_file
 from .config_file import Fields, read_config
 from .errors import CheckpointError, DFlashError, ModelNotFoundError, PairMismatchError
 
@@ -210,7 +210,7 @@ def preflight(
     draft: Path,
     num_speculative_tokens: int | None = None,
     *,
-    draft_sha256: str | None = None,
+    draft_sha256: Mapping[str, str] | None = None,
     target_weights: bool = True,
 ) -> list[Check]:
     """Every check of a pair that needs no weights in memory; never raises.
@@ -218,7 +218,7 @@ def preflight(
     Args:
         target, draft: local model folders.
         num_speculative_tokens: K asked for; None means block size - 1.
-        draft_sha256: what the draft's single weights file must hash to.
+        draft_sha256: what the draft's files must hash to, by name.
         target_weights: False where only the target's configs are on this machine.
     """
     configs: dict[str, Any] = {}
@@ -372,16 +372,19 @@ def check_block(draft: DraftConfig, num_speculative_tokens: int | None) -> str:
     return f"{draft.block_size}, num_speculative_tokens {k}"
 
 
-def check_revision(folder: Path, sha256: str) -> str:
-    """The weights are the ones the matrix names: publishers replace drafts in place."""
-    files = weight_files(folder)
-    found = sha256_file(files[0]) if len(files) == 1 else "several files"
-    if found != sha256:
-        raise CheckpointError(
-            f"{files[0]}: sha256 is {found[:16]}…, expected {sha256[:16]}…",
-            hint="get that revision, or pass --draft to use these weights knowingly",
-        )
-    return f"sha256 {sha256[:16]}…"
+def check_revision(folder: Path, sha256: Mapping[str, str]) -> str:
+    """The files are the ones expected: a draft with other taps loads as well as a good one."""
+    for name, expected in sha256.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelNotFoundError(f"{path}: no such file", hint="get the whole draft")
+        found = sha256_file(path)
+        if found != expected:
+            raise CheckpointError(
+                f"{path}: sha256 is {found[:16]}…, expected {expected[:16]}…",
+                hint="get that revision, or pass --draft to use these files knowingly",
+            )
+    return f"sha256 of {', '.join(sha256)} as expected"
 
 
 def _layer_attention(get: Fields, num_layers: int) -> tuple[LayerAttention, ...]:

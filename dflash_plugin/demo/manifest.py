@@ -66,3 +66,8 @@ def read(folder: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{NAME} is not a JSON object")
     return found
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name; raises what :func:`read` raises."""
+    return {name: entry["sha256"] for name, entry in read(folder)["files"].items()}

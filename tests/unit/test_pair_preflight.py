@@ -57,9 +57,12 @@ def test_a_good_pair_passes_every_check(target, draft):
     assert all(check.detail for check in checks)
 
 
-def test_the_weights_file_may_be_asked_for_by_its_hash(target, draft):
-    sha256 = sha256_file(draft / "model.safetensors")
-    checks = preflight(target, draft, draft_sha256=sha256)
+def hashes(draft):
+    return {name: sha256_file(draft / name) for name in ("config.json", "model.safetensors")}
+
+
+def test_files_may_be_asked_for_by_their_hashes(target, draft):
+    checks = preflight(target, draft, draft_sha256=hashes(draft))
     assert (checks[-1].name, checks[-1].status) == ("revision", "ok")
 
 
@@ -163,16 +166,23 @@ def test_weights_of_another_revision_are_found(target, draft):
 
 
 def test_a_wrong_hash_is_found(target, draft):
-    checks = preflight(target, draft, draft_sha256="0" * 64)
+    checks = preflight(target, draft, draft_sha256={"model.safetensors": "0" * 64})
     assert "0000" in only_failure(checks, "revision", 14).detail
 
 
-def test_shards_are_not_one_hash(target, draft):
-    data = (draft / "model.safetensors").read_bytes()
-    write_weights(draft / "more.safetensors", {"extra": (1,)})
-    checks = preflight(target, draft, draft_sha256=sha256_file(draft / "model.safetensors"))
-    assert failed(checks)["revision"].exit_code == 14
-    assert (draft / "model.safetensors").read_bytes() == data
+def test_shifted_taps_are_another_revision(target, draft):
+    expected = hashes(draft)
+    path = draft / "config.json"
+    raw = json.loads(path.read_text())
+    raw["dflash_config"]["target_layer_ids"][0] += 1
+    path.write_text(json.dumps(raw))
+    found = only_failure(preflight(target, draft, draft_sha256=expected), "revision", 14)
+    assert str(path) in found.detail
+
+
+def test_a_file_that_belongs_to_the_revision_is_missing(target, draft):
+    expected = hashes(draft) | {"extra.json": "0" * 64}
+    assert only_failure(preflight(target, draft, draft_sha256=expected), "revision", 12)
 
 
 def test_target_given_as_draft_says_so(target):
@@ -185,7 +195,7 @@ def test_an_unreadable_file_is_a_failed_check(target, draft, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(pair, "sha256_file", denied)
-    checks = preflight(target, draft, draft_sha256="0" * 64)
+    checks = preflight(target, draft, draft_sha256={"model.safetensors": "0" * 64})
     assert "Permission denied" in only_failure(checks, "revision", 14).detail
 
 
