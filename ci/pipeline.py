@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ class CellRun:
             port=overrides.port if draft else 0,
         )
 
+    @cached_property
+    def _weights(self) -> dict[Path, str]:
+        """Hashes of the drafts' weights, read once: real ones are gigabytes."""
+        return {draft: _weights_hash(draft) for draft in {self.draft, self.reference_draft}}
+
     def settings(self) -> dict[str, Any]:
         """Everything a number depends on and a reader needs, without paths."""
         return {
@@ -72,8 +78,8 @@ class CellRun:
             "num_speculative_tokens": self.num_speculative_tokens,
             "dtype": {"exact": EXACT_DTYPE, "fast": FAST_DTYPE},
             "compiled": self.plan.overrides.compiled,
-            "draft_sha256": _weights_hash(self.draft),
-            "reference_draft_sha256": _weights_hash(self.reference_draft),
+            "draft_sha256": self._weights[self.draft],
+            "reference_draft_sha256": self._weights[self.reference_draft],
         }
 
 

@@ -80,7 +80,6 @@ def table(
     for r in results:
         al = "–" if r.al is None else f"{r.al:.2f} ({_number(r.al_reference)})"
         rows = known(r.id)
-
         lines.append(
             f"| `{r.id}` | {_words(r.status)} | {_verdict(r, 'lossless', rows)} "
             f"| {_verdict(r, 'faithful', rows)} | {al} | {_speedup(r)} |"

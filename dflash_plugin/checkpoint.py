@@ -171,9 +171,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def check_tensors(
-    folder: Path, expected: dict[str, tuple[int, ...]], *, optional: frozenset[str] = frozenset()
-) -> dict[str, TensorInfo]:
+def check_tensors(folder: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     """Compare a folder's tensors with ``expected`` shapes, by name.
 
     Returns the tensors found.
@@ -183,7 +181,7 @@ def check_tensors(
             message names the tensors.
     """
     found = read_tensors(folder)
-    missing = sorted(set(expected) - set(found) - optional)
+    missing = sorted(set(expected) - set(found))
     extra = sorted(set(found) - set(expected))
     wrong = [
         f"{name} is {list(found[name].shape)}, expected {list(shape)}"
