@@ -46,7 +46,6 @@ class Support:
         return f"DFlash on {where}: {self.level.value} ({self.reason})"
 
 
-_KNOWN_GOOD = "use vLLM 0.31.0 to 0.33.0"
 _MIXED_SWA = "drafts that mix sliding-window and full layers need the V2 model runner"
 _GEMMA4 = (
     "Gemma 4 targets: the draft's input-embedding scale is not applied, which lowers acceptance"
@@ -54,62 +53,64 @@ _GEMMA4 = (
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Releases ``first`` .. ``last`` on one platform (None: on every other)."""
+class _Releases:
+    """``first`` .. ``last`` and what they have of DFlash; ``limits`` hold with the shims on."""
 
     first: str
     last: str
-    platform: str | None
     level: Level
     reason: str
     limits: tuple[str, ...] = ()
-    shims: tuple[str, ...] = ()
 
 
-# Releases looked at; the first row that fits decides.
+@dataclass(frozen=True)
+class _Difference:
+    """What one shim bridges, in which releases; ``platform`` None: on all of them."""
+
+    shim: str
+    first: str
+    last: str
+    platform: str | None
+    what: str
+
+
+_OWN = "the release's own dflash"
+_BETWEEN = _Releases(
+    "0",
+    "0",
+    Level.REFUSED,
+    "not a release this version of dflash-plugin knows; the engine runs as published",
+)
+
+# Releases looked at, oldest first. SHIM is not written here: it is NATIVE with a difference.
 # Sources: the releases' own source, and runs recorded in docs/results/.
 _VLLM = (
-    _Row("0.0", "0.19.1", None, Level.REFUSED, "the release has no dflash method"),
-    _Row(
+    _Releases("0.0", "0.18.0", Level.REFUSED, "the release has no dflash method"),
+    _Releases("0.18.1", "0.19.1", Level.REFUSED, "the release has no dflash method"),
+    _Releases(
         "0.20.0",
-        "0.22.1",
-        None,
+        "0.24.0",
         Level.REFUSED,
-        "the release taps the wrong target layers or looks ahead one token short, silently",
+        "the release ignores sliding windows in drafts, silently, and crashes on the CPU",
     ),
-    _Row("0.23.0", "0.24.0", "cpu", Level.REFUSED, "the release's dflash crashes on the CPU"),
-    _Row(
-        "0.23.0",
-        "0.25.1",
-        None,
-        Level.REFUSED,
-        "the release ignores sliding windows in drafts, or their causality, silently",
-    ),
-    _Row("0.30.0", "0.30.0", "cpu", Level.REFUSED, "the release's dflash crashes on the CPU"),
-    _Row(
-        "0.26.0",
+    _Releases(
+        "0.25.0",
         "0.30.0",
-        None,
         Level.REFUSED,
         "the release has dflash, but this version of dflash-plugin has no recorded run of it",
     ),
-    _Row(
+    _Releases("0.31.0", "0.33.0", Level.NATIVE, _OWN, (_MIXED_SWA, _GEMMA4)),
+)
+
+# One line per shim and range of releases, in the order in which they are applied.
+_VLLM_DIFFERENCES = (
+    _Difference(
+        "context-k-norm",
         "0.31.0",
         "0.33.0",
         "cpu",
-        Level.SHIM,
-        "the release's own dflash, repaired: its CPU kernels normalise the context keys of all "
-        "draft layers with the first layer's weight",
-        (_MIXED_SWA + ", which the CPU build lacks", _GEMMA4),
-        ("context-k-norm",),
-    ),
-    _Row(
-        "0.31.0",
-        "0.33.0",
-        None,
-        Level.NATIVE,
-        "the release's own dflash is used unchanged",
-        (_MIXED_SWA, _GEMMA4),
+        "the CPU kernels normalise the context keys of all draft layers with the first "
+        "layer's weight",
     ),
 )
 
@@ -137,20 +138,29 @@ def decide(engine: str, version: str, platform: str) -> Support:
         return refused(f"{version!r} is not a version number", "install a published release")
     base = Version(parsed.base_version if not parsed.is_postrelease else parsed.public)
     newest = max(Version(row.last) for row in _VLLM)
+    known_good = f"use vLLM {_oldest_usable()} to {newest}"
     if parsed.is_prerelease or base > newest:
         return refused(
             f"not known to this version of dflash-plugin (newest known release: {newest}); "
             "the engine runs as published",
             "use a known release, or update dflash-plugin",
         )
-    for row in _VLLM:
-        fits = Version(row.first) <= base <= Version(row.last)
-        if fits and row.platform in (None, platform):
-            step = _KNOWN_GOOD if row.level is Level.REFUSED else ""
-            return Support(
-                engine, version, platform, row.level, row.reason, row.limits, step, row.shims
-            )
-    return refused(
-        "not a release this version of dflash-plugin knows; the engine runs as published",
-        _KNOWN_GOOD,
-    )
+    row = next((r for r in _VLLM if Version(r.first) <= base <= Version(r.last)), _BETWEEN)
+    if row.level is Level.REFUSED:
+        return refused(row.reason, known_good)
+    bridged = [
+        d
+        for d in _VLLM_DIFFERENCES
+        if Version(d.first) <= base <= Version(d.last) and d.platform in (None, platform)
+    ]
+    level, reason = row.level, f"{row.reason} is used unchanged"
+    if bridged:
+        level = Level.SHIM if level is Level.NATIVE else level
+        verb = "repaired" if level is Level.SHIM else "added"
+        reason = f"{row.reason}, {verb}: {'; '.join(dict.fromkeys(d.what for d in bridged))}"
+    names = tuple(dict.fromkeys(d.shim for d in bridged))
+    return Support(engine, version, platform, level, reason, row.limits, shims=names)
+
+
+def _oldest_usable() -> str:
+    return next(row.first for row in _VLLM if row.level is not Level.REFUSED)

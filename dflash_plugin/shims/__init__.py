@@ -28,8 +28,10 @@ class Shim:
 
     Attributes:
         module: the engine module that is changed right after its first import.
-        fingerprints: per symbol in it, the :func:`fingerprint` values of the sources this
-            was written against; anything else is left alone.
+        fingerprints: per symbol (``Class.method`` of ``module``, or ``package.module:name``),
+            the :func:`fingerprint` values of the sources this was written against; anything
+            else is left alone.
+        removal: the condition on which it is deleted, and the test that fails once it holds.
         apply: called with the module; returns what it did, or why nothing was needed.
     """
 
@@ -68,9 +70,14 @@ def fingerprint(function: object) -> str:
 
 
 def resolve(module: ModuleType, symbol: str) -> object:
-    """``Class.method`` in a module; AttributeError if it is gone."""
-    found: object = module
-    for part in symbol.split("."):
+    """``Class.method`` in a module, or ``package.module:Class.method`` in another.
+
+    Raises:
+        AttributeError, ImportError: it is gone.
+    """
+    other, _, name = symbol.rpartition(":")
+    found: object = importlib.import_module(other) if other else module
+    for part in name.split("."):
         found = getattr(found, part)
     return found
 
@@ -84,14 +91,14 @@ def _apply(shim: Shim, module: ModuleType, log: logging.Logger) -> None:
             found = fingerprint(resolve(module, symbol))
             if found not in known:
                 log.warning(
-                    "dflash-plugin: %s not applied: %s.%s is not the source it was written "
+                    "dflash-plugin: %s not applied: %s in %s is not the source it was written "
                     "for (%s); update dflash-plugin",
-                    *(shim.name, shim.module, symbol, found),
+                    *(shim.name, symbol, shim.module, found),
                 )
                 return
         done = shim.apply(module)
         setattr(module, marker, True)
-        log.info("dflash-plugin: %s: %s", shim.name, done)
+        log.debug("dflash-plugin: %s: %s", shim.name, done)
     except Exception:  # the engine must run whatever is wrong here
         log.exception("dflash-plugin: %s not applied because of the error below", shim.name)
 

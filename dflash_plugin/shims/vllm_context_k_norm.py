@@ -50,7 +50,8 @@ SHIM = Shim(
     "acceptance falls, silently",
     mechanism="the CPU rms_norm kernel ignores all rows but the first of a stacked weight; "
     "the norm is called once per layer instead",
-    removal="when the CPU kernel takes stacked weights, which test_context_k_norm shows by failing",
+    removal="when the CPU kernel takes stacked weights, which "
+    "test_context_k_norm_is_still_needed shows by failing",
     module="vllm.model_executor.models.qwen3_dflash",
     fingerprints={
         "DFlashQwen3Model._normalize_context_k": frozenset(

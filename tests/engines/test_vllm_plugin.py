@@ -79,7 +79,11 @@ def test_serve_command_serves(
     log = tmp_path / "log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            command, env=ENV, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env={**ENV, "VLLM_LOGGING_LEVEL": "DEBUG"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         client = ServerClient(f"http://127.0.0.1:{port}", "target")

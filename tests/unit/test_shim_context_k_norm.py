@@ -130,7 +130,7 @@ def test_it_is_installed_on_the_source_it_was_written_for(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     try:
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.DEBUG):
             shims.install(["context-k-norm"], logging.getLogger("test"))
             module = importlib.import_module(name)
         model = with_weights(module.DFlashQwen3Model())

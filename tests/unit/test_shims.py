@@ -100,7 +100,7 @@ def test_nothing_is_imported_before_the_engine_does(engine, shim):
 def test_it_is_applied_right_after_the_import(engine, shim, caplog):
     shim()
     shims.install(["one"], log)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         from_engine = model()
     assert from_engine.Draft().norm() == "repaired"
     assert shim.calls == [("one", from_engine)]
@@ -234,7 +234,7 @@ def test_an_unknown_source_is_left_alone_with_a_warning(engine, shim, caplog):
     assert model().Draft().norm() == "new release"
     assert shim.calls == []
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert "one not applied: fake_engine.model.Draft.norm is not the source" in record.message
+    assert "one not applied: Draft.norm in fake_engine.model is not the source" in record.message
 
 
 @pytest.mark.parametrize("symbol", ["Draft.gone", "Gone.norm"])
@@ -244,6 +244,19 @@ def test_a_symbol_that_is_gone_is_logged(engine, shim, caplog, symbol):
     assert model().Draft().norm() == "published"
     assert "one not applied because of the error below" in caplog.text
     assert "AttributeError" in caplog.text
+
+
+def test_sources_in_other_modules_count_too(engine, shim, caplog):
+    (engine / "other.py").write_text("def norm():\n    return 1\n")
+    symbol = "fake_engine.other:norm"
+    good = shims.fingerprint(shims.resolve(model(), symbol))
+    shim(fingerprints={symbol: frozenset({good})})
+    shims.install(["one"], log)
+    assert len(shim.calls) == 1
+    shim("two", fingerprints={symbol: frozenset({"0" * 16})})
+    shims.install(["two"], log)
+    assert len(shim.calls) == 1
+    assert "two not applied: fake_engine.other:norm" in caplog.text
 
 
 def test_a_shim_that_fails_does_not_break_the_import(engine, shim, caplog):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +13,8 @@ from dflash_plugin import shims, support
 from dflash_plugin.support import Level, decide
 
 NATIVE, SHIM, REFUSED = Level.NATIVE, Level.SHIM, Level.REFUSED
-NAMED = sorted({name for row in support._VLLM for name in row.shims})
+TESTS = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
 
 
 @pytest.mark.parametrize(
@@ -83,10 +87,15 @@ def test_one_line_says_it_all():
 
 
 def test_rows_are_complete():
+    ends = [support.Version(end) for row in support._VLLM for end in (row.first, row.last)]
+    assert ends == sorted(ends)
     for row in support._VLLM:
         assert row.reason
-        assert bool(row.shims) is (row.level is SHIM)
-        assert support.Version(row.first) <= support.Version(row.last)
+        assert row.level is not SHIM
+    for difference in support._VLLM_DIFFERENCES:
+        assert difference.what
+        first, last = support.Version(difference.first), support.Version(difference.last)
+        assert ends[0] <= first <= last <= ends[-1]
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -95,6 +104,9 @@ def test_every_shim_named_is_there_and_says_what_it_is_for(name):
     assert shim.name == name
     for text in (shim.symptom, shim.mechanism, shim.removal, shim.module):
         assert text
+    named = re.findall(r"\btest_\w+", shim.removal)
+    assert named, "the removal condition names the test that shows it"
+    assert all(test in TESTS for test in named)
     assert shim.fingerprints
     for known in shim.fingerprints.values():
         assert known
