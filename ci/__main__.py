@@ -12,11 +12,12 @@ from pathlib import Path
 
 from dflash_plugin import errors, matrix
 from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError, near_names
+from dflash_plugin.matrix import SERVES
 
 from . import environment_cli, lint, lock, pipeline, plan, report, serve
 from .pipeline import CHECK, MEASURE
 from .plan import Overrides, Plan
-from .records import CellResult
+from .records import FAILED, CellResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,24 +135,30 @@ def _plan(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     stages = {CHECK: [CHECK], MEASURE: [MEASURE]}.get(args.command, [CHECK, MEASURE])
     made = _make_plan(args)
+    known = matrix.load(args.matrix).known_failures
     results: list[CellResult] = []
     error: DFlashError | None = None
+    named = {engine_id for engine_id, _ in made.overrides.env_python}
     for cell in made.cells:
         try:
-            result = pipeline.run_cell(cell, made, args.out, stages=stages, resume=args.resume)
+            if cell.not_run and cell.engine.id not in named:
+                result = pipeline.not_run(cell)
+            else:
+                result = pipeline.run_cell(cell, made, args.out, stages=stages, resume=args.resume)
         except DFlashError as err:
-            error, result = err, pipeline.aborted(cell, err)
+            result = pipeline.aborted(cell, err)
+            if result.serves.status != FAILED or SERVES not in known(cell.id):
+                error = err
         results.append(result)
         report.write(args.out, results)
         print(report.summary(result), flush=True)
-    if getattr(args, "save", False):
-        report.save(results)
+        if getattr(args, "save", False):
+            report.save([result])
     print(f"wrote {args.out / 'report.json'} and {args.out / 'report.md'}")
     if error is not None:
         raise error
     wanted = {CHECK: ("lossless", "faithful"), MEASURE: ("faster",)}
     names = [name for stage in stages for name in wanted[stage]]
-    known = matrix.load(args.matrix).known_failures
     problems = [line for result in results for line in report.surprises(result, names, known)]
     if problems:
         raise VerdictFailedError("; ".join(problems), hint=f"see {args.out / 'report.md'}")

@@ -18,14 +18,25 @@ from typing import Any
 from dflash_plugin import checkpoint, demo, hub, pair
 from dflash_plugin.backends.server import ServerClient
 from dflash_plugin.cache import make_dir
-from dflash_plugin.errors import DFlashError, UsageError
+from dflash_plugin.errors import DFlashError, EngineExitedError, UsageError
 from dflash_plugin.matrix import Cell
 
 from . import check, environment, measure, prompts, replay
 from . import judge as judging
 from .environment import Environment
 from .plan import Overrides, Plan
-from .records import ABORTED, UNTESTED, CellResult, Verdict, load_json, overall, save_json
+from .records import (
+    ABORTED,
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    UNTESTED,
+    CellResult,
+    Verdict,
+    load_json,
+    overall,
+    save_json,
+)
 from .serve import ServerSpec, serve_all
 
 CHECK, MEASURE = "check", "measure"
@@ -164,6 +175,8 @@ def judge(
         id=run.cell.id,
         status=status,
         reason=reason,
+        # Its servers have answered, or an error had ended the run.
+        serves=UNTESTED if exact is None and speed is None else Verdict(PASSED),
         **verdicts,
         al=al,
         al_reference=al_reference,
@@ -175,17 +188,33 @@ def judge(
 
 
 def aborted(cell: Cell, error: DFlashError) -> CellResult:
-    """A result for a cell whose run ended in an error."""
-    untested = Verdict("not_run", "the run was aborted")
+    """A result for a cell whose run ended in an error.
+
+    An engine that ended because of the draft is a finding ("serves" failed), not an abort.
+    """
+    serves, why = UNTESTED, "the run was aborted"
+    status, reason = ABORTED, str(error)
+    if isinstance(error, EngineExitedError) and error.drafting:
+        found = error.cause or error.message.splitlines()[0]
+        serves, why = Verdict(FAILED, found), "the engine does not serve"
+        status = FAILED
+        reason = f"serves: {found}" if error.cause else reason
+    untested = Verdict(NOT_RUN, why)
     return CellResult(
         id=cell.id,
-        status=ABORTED,
-        reason=str(error),
+        status=status,
+        reason=reason,
+        serves=serves,
         lossless=untested,
         faithful=untested,
         faster=untested,
         settings={"exit_code": error.exit_code},
     )
+
+
+def not_run(cell: Cell) -> CellResult:
+    """A result for a cell that the matrix lists and says not to run."""
+    return CellResult(id=cell.id, status=NOT_RUN, reason=cell.not_run)
 
 
 def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dflash_plugin.cache import atomic_write_text
 from dflash_plugin.errors import UsageError
-from dflash_plugin.matrix import Known, Matrix
+from dflash_plugin.matrix import SERVES, Known, Matrix
 
 from .records import FAILED, NOT_RUN, PASSED, CellResult, Verdict, load_json, result_path, save_json
 
@@ -52,7 +52,7 @@ def saved(matrix: Matrix, root: Path = RESULTS) -> list[CellResult]:
         if path.exists():
             results.append(CellResult.from_json(load_json(path), str(path)))
         else:
-            results.append(CellResult(cell.id, NOT_RUN, "no recorded run"))
+            results.append(CellResult(cell.id, NOT_RUN, cell.not_run or "no recorded run"))
     return results
 
 
@@ -94,10 +94,15 @@ def surprises(
 ) -> list[str]:
     """Verdicts that did not come out as they should: the reasons a run fails.
 
-    A verdict has to pass, or has to fail where the matrix knows that it does.
+    A verdict has to pass, or has to fail where the matrix knows that it does. An engine
+    that does not serve has no verdicts; a cell that the matrix says not to run has nothing.
     """
     lines = []
     rows = known(result.id)
+    if result.serves.status == FAILED or SERVES in rows:
+        verdicts = (SERVES,)
+    elif result.status == NOT_RUN and not result.settings:
+        return []
     for name in verdicts:
         verdict: Verdict = getattr(result, name)
         if name in rows:
@@ -107,7 +112,8 @@ def surprises(
                     f"fails until {rows[name].until}"
                 )
         elif verdict.status != PASSED:
-            lines.append(f"{result.id}: not {name} ({verdict.reason})")
+            does_not = "does not serve" if name == SERVES else f"not {name}"
+            lines.append(f"{result.id}: {does_not} ({verdict.reason})")
     return lines
 
 
@@ -212,12 +218,16 @@ def _details(result: CellResult) -> list[str]:
 
 def _known(results: Sequence[CellResult], matrix: Matrix) -> list[str]:
     """The known failures among ``results``, each with its reason and its end."""
-    lines = [
-        f"- `{row.cell}` is not {row.verdict}: {row.reason}. Until {row.until}."
+    rows = [
+        row
         for result in results
         for row in matrix.known_failures(result.id).values()
         if getattr(result, row.verdict).status == FAILED
     ]
+    lines = []
+    for row in dict.fromkeys(rows):
+        what = "does not serve" if row.verdict == SERVES else f"is not {row.verdict}"
+        lines.append(f"- `{row.cell}` {what}: {row.reason}. Until {row.until}.")
     return [*lines, ""] if lines else []
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ else:  # pragma: no cover
 
 T = TypeVar("T")
 VERDICTS = ("lossless", "faithful", "faster")
+SERVES = "serves"
+"""What comes before the verdicts: the engine starts with the draft and answers."""
 _ID = re.compile(r"[a-z0-9][a-z0-9.:+_-]*")
 
 
@@ -35,7 +38,7 @@ class Build:
     distribution: str
     torch: str
     requires_python: str
-    lock: str
+    lock: str | None  # None: not built here, an interpreter that has it must be named
     env: Mapping[str, str]
     args: tuple[str, ...]
 
@@ -91,12 +94,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Cell:
-    """One engine release x variant x platform x pair."""
+    """One engine release x variant x platform x pair.
+
+    ``not_run``: why it is listed and yet not run by default; empty: it is run.
+    """
 
     engine: Engine
     variant: Variant
     platform: str
     pair: Pair
+    not_run: str = ""
 
     @property
     def id(self) -> str:
@@ -124,7 +131,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class Known:
-    """A verdict of a cell that is known not to pass, why, and until when."""
+    """A verdict (or ``serves``) that is known not to pass, why, and until when.
+
+    ``cell`` is a cell's id or a glob of several.
+    """
 
     cell: str
     verdict: str
@@ -146,7 +156,7 @@ class Matrix:
 
     def known_failures(self, cell_id: str) -> dict[str, Known]:
         """The verdicts of a cell that are known not to pass, by name."""
-        return {row.verdict: row for row in self.known if row.cell == cell_id}
+        return {row.verdict: row for row in self.known if fnmatchcase(cell_id, row.cell)}
 
     def cell(self, cell_id: str) -> Cell:
         """The cell of that id; ``UnknownCellError`` with the near names otherwise."""
@@ -230,7 +240,7 @@ def _engine(table: _Table) -> Engine:
             distribution=sub.take("distribution", str),
             torch=sub.take("torch", str),
             requires_python=sub.take("requires_python", str),
-            lock=sub.take("lock", str),
+            lock=sub.take("lock", str, default=None),
             env=sub.strings_by_name("env"),
             args=sub.strings("args"),
         )
@@ -301,6 +311,7 @@ def _cells(
     for key, names in chosen.items():
         if not names:
             raise table.error(f"{key} is empty, so nothing would be run")
+    not_run = table.take("not_run", str, default="")
     table.finish()
     for engine_id in chosen["engines"]:
         engine = table.reference("engines", engine_id, engines)
@@ -313,6 +324,7 @@ def _cells(
                         variant=table.reference("variants", variant, variants),
                         platform=platform,
                         pair=table.reference("pairs", pair, pairs),
+                        not_run=not_run,
                     )
 
 
@@ -323,8 +335,9 @@ def _known(table: _Table, cells: Mapping[str, Cell]) -> Known:
         reason=table.take("reason", str),
         until=table.take("until", str),
     )
-    table.reference("cell", known.cell, cells)
-    table.reference("verdict", known.verdict, dict.fromkeys(VERDICTS))
+    if not any(fnmatchcase(cell_id, known.cell) for cell_id in cells):
+        table.reference("cell", known.cell, cells)
+    table.reference("verdict", known.verdict, dict.fromkeys((SERVES, *VERDICTS)))
     table.finish()
     return known
 
