@@ -66,6 +66,7 @@ class ServerSpec:
     record: Path | None = None
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
+    extra_args: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -80,6 +81,7 @@ class ServerSpec:
             *("--dtype", self.dtype, "--max-model-len", str(self.max_model_len)),
             *("--max-num-seqs", str(self.max_num_seqs)),
             *self.cell.build.args,
+            *self.extra_args,
         ]
         if self.eager:
             args.append("--enforce-eager")
