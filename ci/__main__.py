@@ -14,7 +14,7 @@ from dflash_plugin import errors, matrix
 from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError, near_names
 from dflash_plugin.matrix import SERVES
 
-from . import environment_cli, lint, lock, pipeline, plan, report, serve
+from . import environment_cli, lint, lock, pipeline, plan, replicas, report, serve
 from .pipeline import CHECK, MEASURE
 from .plan import Overrides, Plan
 from .records import FAILED, CellResult
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _plan_arguments(commands.add_parser("plan", help="list the cells and settings of a run"))
     environment_cli.add_arguments(commands.add_parser("env", help="build engine environments"))
     lock.add_arguments(commands.add_parser("lock", help="write or check the lock files"))
+    replicas.add_arguments(commands.add_parser("replicas", help="build the tiny pairs"))
     run = commands.add_parser("run", help="every stage of the chosen cells")
     _run_arguments(run)
     run.add_argument("--save", action="store_true", help="keep the results in docs/results/")
@@ -157,7 +158,9 @@ def _run(args: argparse.Namespace) -> int:
     print(f"wrote {args.out / 'report.json'} and {args.out / 'report.md'}")
     if error is not None:
         raise error
-    wanted = {CHECK: ("lossless", "faithful"), MEASURE: ("faster",)}
+    # A profile without speed leaves "faster" not run, which is no surprise then.
+    timed = ("faster",) if made.profile.measures_speed else ()
+    wanted = {CHECK: ("lossless", "faithful"), MEASURE: timed}
     names = [name for stage in stages for name in wanted[stage]]
     problems = [line for result in results for line in report.surprises(result, names, known)]
     if problems:
@@ -206,6 +209,7 @@ _COMMANDS = {
     "plan": _plan,
     "env": environment_cli.run,
     "lock": lock.run,
+    "replicas": replicas.run,
     "run": _run,
     CHECK: _run,
     MEASURE: _run,

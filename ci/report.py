@@ -189,6 +189,8 @@ def _details(result: CellResult) -> list[str]:
             f"({exact['tokens']} tokens) equal to the same engine without speculation"
         )
     control = result.lossless.evidence.get("bfloat16")
+    if exact and control is None:
+        lines.append("bfloat16: not run")
     if control:
         lines.append(
             f"bfloat16: {control['diverged']} of {control['prompts']} answers part from plain "

@@ -146,6 +146,12 @@ class ReplayError(DFlashError):
     exit_code = 25
 
 
+class TrainingError(DFlashError):
+    """A draft cannot be trained: data without labels, or a loss that is not a number."""
+
+    exit_code = 26
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
 

@@ -49,7 +49,9 @@ class Duo:
 
     def texts(self) -> list[str]:
         """The pair's own prompts, shortest first."""
-        return sorted((prompt.text for prompt in self.run.plan.prompts), key=len)
+        return sorted(
+            (prompt.text for prompt in self.run.plan.prompts_of(self.run.cell).prompts), key=len
+        )
 
     def ids(self, text: str) -> list[int]:
         """Token ids of one user message."""

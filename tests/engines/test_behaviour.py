@@ -266,7 +266,7 @@ def test_without_speculation_the_plugin_changes_nothing(tmp_path: Path) -> None:
     logs = [tmp_path / name for name in ("with.log", "without.log")]
     specs = [replace(spec, log=log) for spec, log in zip(specs, logs, strict=True)]
     with serve_all(specs) as (ours, theirs):
-        for prompt in run.plan.prompts[:6]:
+        for prompt in run.plan.prompts_of(run.cell).prompts[:6]:
             ids = ours.chat_prompt(prompt.text)
             assert ours.complete(ids, 32).token_ids == theirs.complete(ids, 32).token_ids
 

@@ -120,7 +120,8 @@ def test_the_real_file_is_right():
     assert data.path.name == "compat_matrix.toml"
     assert sum(pair.embedded for pair in data.pairs.values()) == 1
     for pair in data.pairs.values():
-        assert pair.embedded or (pair.target_revision and pair.draft_revision)
+        revisions = pair.target_revision and pair.draft_revision
+        assert pair.embedded or pair.replica or revisions
 
 
 def test_cell_ids_are_unique_and_find_their_cell():
