@@ -180,7 +180,7 @@ def _build(
         cwd=ROOT,
         env=env,
         input=json.dumps(spec),
-        stdout=sys.stderr,
+        stdout=subprocess.DEVNULL,
         stderr=None if terminal else subprocess.PIPE,
         text=True,
         check=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,11 @@ def main(part: str, folder: Path) -> None:
 
 
 def _report(bar: tqdm[Any]) -> Callable[[int, int, float], None]:
+    parent = os.getppid()
+
     def progress(step: int, steps: int, loss: float) -> None:
+        if os.getppid() != parent:
+            sys.exit("the command that asked for this was killed")
         bar.total = steps
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         bar.update(step - bar.n)

@@ -45,6 +45,8 @@ class Duo:
 
     def blocks(self, start: int = 0) -> list[dict[str, Any]]:
         """Drafted blocks from line ``start`` on."""
+        if not self.record.exists():  # nothing has been drafted yet
+            return []
         return [json.loads(line) for line in self.record.read_text().splitlines()[start:]]
 
     def texts(self) -> list[str]:

@@ -70,6 +70,29 @@ def test_check_alone_and_measure_alone(fake: Fake) -> None:
     assert (row["al"], set(row["raw"])) == (None, {"speed"})
 
 
+def test_parts_that_the_profile_leaves_out_are_not_run(fake: Fake) -> None:
+    """Nothing is passed that was not looked at, and nothing is started for it."""
+    text = fake.matrix.read_text()
+    fake.matrix.write_text(text.replace("speed_prompts = 2", "speed_prompts = 0"))
+    assert fake.main("run", STOCK) == 0  # faster is no surprise then
+    (row,) = fake.report()
+    assert _statuses(row) == ["passed", "passed", "not_run"]
+    assert (row["status"], row["speedup"]) == ("not_run", None)
+    assert set(row["raw"]) == {"exact", "replay", "control"}
+    matrix.load.cache_clear()
+    fake.matrix.write_text(
+        text.replace("speed_rounds = 3", "speed_rounds = 0").replace(
+            "control_prompts = 4", "control_prompts = 0"
+        )
+    )
+    fake.stage("server-base-bfloat16.log").unlink()
+    assert fake.main("run", STOCK) == 1
+    (row,) = fake.report()
+    assert _statuses(row) == ["not_run", "passed", "not_run"]
+    assert "not compared with its control" in row["lossless"]["reason"]
+    assert not fake.stage("server-base-bfloat16.log").exists()
+
+
 # --- verdicts ------------------------------------------------------------------------------
 
 

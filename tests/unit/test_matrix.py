@@ -105,6 +105,7 @@ def load(tmp_path) -> Load:
         change(raw)
         path = tmp_path / "matrix.toml"
         path.write_text(toml(raw), encoding="utf-8")
+        matrix.load.cache_clear()
         return matrix.load(path)
 
     yield load
@@ -231,6 +232,39 @@ def test_errors_name_the_row(load):
 def test_k_is_at_least_one(load, value):
     with pytest.raises(MatrixError, match="num_speculative_tokens is"):
         load(lambda raw: raw["pair"][0].update(num_speculative_tokens=value))
+
+
+def test_a_replica_needs_no_repositories(load):
+    def change(raw: dict[str, Any]) -> None:
+        pair = raw["pair"][0]
+        del pair["target"], pair["draft"]
+        pair["replica"] = "tiny"
+
+    pair = load(change).pair("small")
+    assert (pair.replica, pair.embedded) == ("tiny", False)
+    assert (pair.target, pair.draft) == ("replica:tiny/target", "replica:tiny/draft")
+
+
+@pytest.mark.parametrize("key", ["target", "draft", "target_revision", "draft_revision"])
+def test_a_replica_has_no_repositories_either(load, key):
+    def change(raw: dict[str, Any]) -> None:
+        pair = raw["pair"][0]
+        del pair["target"], pair["draft"]
+        pair.update({"replica": "tiny", key: "org/Some"})
+
+    with pytest.raises(MatrixError, match=f"unknown key '{key}'"):
+        load(change)
+
+
+@pytest.mark.parametrize("key", ["control_prompts", "speed_prompts", "speed_rounds"])
+def test_a_profile_may_leave_a_part_out_but_not_the_exact_one(load, key):
+    assert load(lambda raw: raw["profile"][0].update({key: 0})).profile("ci").measures_speed == (
+        key == "control_prompts"
+    )
+    with pytest.raises(MatrixError, match=f"{key} is -1, expected at least 0"):
+        load(lambda raw: raw["profile"][0].update({key: -1}))
+    with pytest.raises(MatrixError, match="lossless_prompts is 0, expected at least 1"):
+        load(lambda raw: raw["profile"][0].update(lossless_prompts=0))
 
 
 @pytest.mark.parametrize("value", [[0], [True], ["1"], [1.5]])
