@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-NAMES: Mapping[str, str] = {"context-k-norm": "vllm_context_k_norm"}
+NAMES: Mapping[str, str] = {
+    "context-k-norm": "vllm_context_k_norm",
+    "cpu-kv-update": "vllm_cpu_kv_update",
+    "cpu-stale-kv": "vllm_cpu_stale_kv",
+}
 """Shim name, as ``support`` uses it -> module in this package."""
 
 
