@@ -20,9 +20,24 @@ def register() -> None:
     path = os.environ.get("DFLASH_RECORD")
     if not path:
         return
-    from vllm.v1.spec_decode import llm_base_proposer
+    try:
+        from vllm.v1.spec_decode import llm_base_proposer as proposers
+    except ImportError:  # before 0.20
+        from vllm.v1.spec_decode import eagle as proposers
 
-    wrap(llm_base_proposer.SpecDecodeBaseProposer, path)
+    wrap_all(proposers.SpecDecodeBaseProposer, path)
+
+
+def wrap_all(base, path):  # type: ignore[no-untyped-def]
+    """Record the proposals of ``base``, and of every class derived from it later."""
+    wrap(base, path)
+
+    def derived(cls, **kwargs):  # type: ignore[no-untyped-def]
+        super(base, cls).__init_subclass__(**kwargs)
+        if "propose" in vars(cls):
+            wrap(cls, path)
+
+    base.__init_subclass__ = classmethod(derived)
 
 
 def wrap(proposer, path):  # type: ignore[no-untyped-def]
