@@ -21,16 +21,17 @@ def register() -> None:
     if not path:
         return
     try:
-        from vllm.v1.spec_decode import llm_base_proposer as proposers
-    except ImportError:  # before 0.20
-        from vllm.v1.spec_decode import eagle as proposers
+        from vllm.v1.spec_decode import llm_base_proposer
+    except ImportError:  # before 0.20, where a dflash proposer is somebody else's
+        from vllm.v1.spec_decode import eagle
 
-    wrap_all(proposers.SpecDecodeBaseProposer, path)
+        wrap_derived(eagle.SpecDecodeBaseProposer, path)
+    else:
+        wrap(llm_base_proposer.SpecDecodeBaseProposer, path)
 
 
-def wrap_all(base, path):  # type: ignore[no-untyped-def]
-    """Record the proposals of ``base``, and of every class derived from it later."""
-    wrap(base, path)
+def wrap_derived(base, path):  # type: ignore[no-untyped-def]
+    """Record every class that is derived from ``base`` later and proposes in its own way."""
 
     def derived(cls, **kwargs):  # type: ignore[no-untyped-def]
         super(base, cls).__init_subclass__(**kwargs)
