@@ -107,6 +107,8 @@ class DraftAttention(nn.Module):
         cache = self.attn.kv_cache
         if isinstance(cache, list):  # one a virtual engine, of which there is one (0.18)
             cache = cache[0]
+        if not cache.numel():  # memory is being profiled, before there is a cache
+            return
         heads = (-1, self.attn.num_kv_heads, self.head_dim)
         values = values.contiguous().view(heads)
         self.attn.impl.do_kv_cache_update(self.attn, keys.view(heads), values, cache, slots)
@@ -318,5 +320,11 @@ def attention_backend() -> Any:
 
     Before 0.20 vLLM cannot choose one by that, and may choose one that cannot.
     """
-    name = "CPU_ATTN" if current_platform.is_cpu() else "FLASH_ATTN"
-    return AttentionBackendEnum[name].get_class()
+    if current_platform.is_cpu():
+        return AttentionBackendEnum.CPU_ATTN.get_class()
+    if current_platform.is_cuda():
+        return AttentionBackendEnum.FLASH_ATTN.get_class()
+    raise UnsupportedEngineError(
+        f"dflash on this vLLM runs on the CPU and on CUDA, not on {current_platform.device_name}",
+        hint="use a release with its own dflash",
+    )

@@ -147,8 +147,12 @@ class DFlashProposer(EagleProposer):
         return tokens.view(given.num_reqs, -1)
 
     @torch.inference_mode()
-    def dummy_run(self, num_tokens: int, *args: object, **unused: object) -> None:
-        """The largest work that ``num_tokens`` of the target can bring, for memory profiling."""
+    def dummy_run(
+        self, num_tokens: int, *, is_graph_capturing: bool = False, **unused: object
+    ) -> None:
+        """The most work that ``num_tokens`` of the target can bring, for memory profiling."""
+        if is_graph_capturing:  # the draft has no graphs
+            return
         requests = min(num_tokens, self.vllm_config.scheduler_config.max_num_seqs)
         count = requests * self.rows
         zeros = torch.zeros(max(count, num_tokens), dtype=torch.int64, device=self.device)
@@ -183,6 +187,7 @@ class DFlashProposer(EagleProposer):
         """Per layer: attention metadata, and slots of the context and of the block's rows."""
         requests, limit = given.num_reqs, self.max_model_len
         starts = torch.arange(requests + 1, dtype=torch.int32) * self.rows
+        starts_there = torch.arange(requests + 1, dtype=torch.int32, device=self.device)
         metadata: dict[str, Any] = {}
         places: dict[str, tuple[Tensor, Tensor]] = {}
         for group in self.groups:
@@ -198,7 +203,7 @@ class DFlashProposer(EagleProposer):
                 )
             )
             common = CommonAttentionMetadata(
-                query_start_loc=starts.to(self.device, non_blocking=True),
+                query_start_loc=starts_there * self.rows,
                 query_start_loc_cpu=starts,
                 seq_lens=made.seq_lens.clamp(max=limit),
                 num_reqs=requests,

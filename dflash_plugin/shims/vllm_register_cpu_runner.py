@@ -101,9 +101,15 @@ SHIM = Shim(
                 "12eadf0c7a50de95",  # 0.18.0 to 0.19.1
             }
         ),
-        "CPUModelRunner._copy_draft_token_ids_to_cpu": frozenset(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._copy_draft_token_ids_to_cpu": frozenset(
             {
                 "70fd276b9a74cf51",  # 0.18.0 to 0.19.1
+            }
+        ),
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids": frozenset(
+            {
+                "d84f587d39ca666d",  # 0.18.0 to 0.18.1
+                "397164564150377d",  # 0.19.0 to 0.19.1
             }
         ),
         "vllm.v1.sample.rejection_sampler:rejection_sample": frozenset(
