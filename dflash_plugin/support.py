@@ -74,6 +74,8 @@ class _Difference:
     what: str
 
 
+_TOO_OLD = "the release has no dflash method, and its targets no common way to hand out taps"
+_NO_GRAPHS = "the draft runs without CUDA graphs and torch.compile"
 _OWN = "the release's own dflash"
 _BETWEEN = _Releases(
     "0",
@@ -85,8 +87,8 @@ _BETWEEN = _Releases(
 # Releases looked at, oldest first. SHIM is not written here: it is NATIVE with a difference.
 # Sources: the releases' own source, and runs recorded in docs/results/.
 _VLLM = (
-    _Releases("0.0", "0.18.0", Level.REFUSED, "the release has no dflash method"),
-    _Releases("0.18.1", "0.19.1", Level.REFUSED, "the release has no dflash method"),
+    _Releases("0.0", "0.17.1", Level.REFUSED, _TOO_OLD),
+    _Releases("0.18.0", "0.19.1", Level.REGISTERED, "the plugin's own dflash", (_NO_GRAPHS,)),
     _Releases(
         "0.20.0",
         "0.24.0",
@@ -104,6 +106,31 @@ _VLLM = (
 
 # One line per shim and range of releases, in the order in which they are applied.
 _VLLM_DIFFERENCES = (
+    *(
+        _Difference(shim, "0.18.0", "0.19.1", platform, "the method, its model and its proposer")
+        for shim, platform in (
+            ("register-arguments", None),
+            ("register-config", None),
+            ("register-async", None),
+            ("register-proposer", None),
+            ("register-lookahead", None),
+            ("register-cpu-runner", "cpu"),
+        )
+    ),
+    _Difference(
+        "cpu-kv-update",
+        "0.18.0",
+        "0.23.0",
+        "cpu",
+        "the CPU back-end has no way to store a draft's context keys and values",
+    ),
+    _Difference(
+        "cpu-stale-kv",
+        "0.18.0",
+        "0.23.0",
+        "cpu",
+        "the CPU kernel's non-causal attention reads past the end of a sequence",
+    ),
     _Difference(
         "context-k-norm",
         "0.31.0",

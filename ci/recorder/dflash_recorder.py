@@ -20,9 +20,25 @@ def register() -> None:
     path = os.environ.get("DFLASH_RECORD")
     if not path:
         return
-    from vllm.v1.spec_decode import llm_base_proposer
+    try:
+        from vllm.v1.spec_decode import llm_base_proposer
+    except ImportError:  # before 0.20, where a dflash proposer is somebody else's
+        from vllm.v1.spec_decode import eagle
 
-    wrap(llm_base_proposer.SpecDecodeBaseProposer, path)
+        wrap_derived(eagle.SpecDecodeBaseProposer, path)
+    else:
+        wrap(llm_base_proposer.SpecDecodeBaseProposer, path)
+
+
+def wrap_derived(base, path):  # type: ignore[no-untyped-def]
+    """Record every class that is derived from ``base`` later and proposes in its own way."""
+
+    def derived(cls, **kwargs):  # type: ignore[no-untyped-def]
+        super(base, cls).__init_subclass__(**kwargs)
+        if "propose" in vars(cls):
+            wrap(cls, path)
+
+    base.__init_subclass__ = classmethod(derived)
 
 
 def wrap(proposer, path):  # type: ignore[no-untyped-def]

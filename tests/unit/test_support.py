@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dflash_plugin import shims, support
 from dflash_plugin.support import Level, decide
 
-NATIVE, SHIM, REFUSED = Level.NATIVE, Level.SHIM, Level.REFUSED
+NATIVE, REGISTERED, SHIM, REFUSED = Level.NATIVE, Level.REGISTERED, Level.SHIM, Level.REFUSED
 TESTS = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
 NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
 
@@ -36,7 +36,13 @@ NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
         ("0.24.0", "cpu", REFUSED),
         ("0.24.0", "cuda", REFUSED),
         ("0.22.0", "cuda", REFUSED),
-        ("0.19.1", "cuda", REFUSED),
+        ("0.19.1", "cuda", REGISTERED),
+        ("0.19.1+cu129", "cuda", REGISTERED),
+        ("0.19.0", "cpu", REGISTERED),
+        ("0.18.1", "cpu", REGISTERED),
+        ("0.18.0", "unknown", REGISTERED),
+        ("0.17.1", "cpu", REFUSED),
+        ("0.17.1", "cuda", REFUSED),
         ("0.1", "cpu", REFUSED),
         ("0.34.0", "cpu", REFUSED),
         ("0.34.0", "cuda", REFUSED),
