@@ -90,8 +90,8 @@ _VLLM = (
     _Releases(
         "0.20.0",
         "0.24.0",
-        Level.REFUSED,
-        "the release ignores sliding windows in drafts, silently, and crashes on the CPU",
+        Level.NATIVE,
+        _OWN,
     ),
     _Releases(
         "0.25.0",
@@ -104,6 +104,76 @@ _VLLM = (
 
 # One line per shim and range of releases, in the order in which they are applied.
 _VLLM_DIFFERENCES = (
+    _Difference(
+        "tap-offset",
+        "0.20.0",
+        "0.21.0",
+        None,
+        "a draft's features come from the layers below those it names",
+    ),
+    _Difference(
+        "draft-lookahead",
+        "0.20.0",
+        "0.22.1",
+        None,
+        "the scheduler reserves one KV slot too few for a draft",
+    ),
+    _Difference(
+        "draft-windows",
+        "0.20.0",
+        "0.24.0",
+        None,
+        "sliding windows of drafts are ignored, silently",
+    ),
+    _Difference(
+        "draft-windows-v2",
+        "0.24.0",
+        "0.24.0",
+        None,
+        "sliding windows of drafts are ignored, silently",
+    ),
+    _Difference(
+        "draft-scaling",
+        "0.20.0",
+        "0.24.0",
+        None,
+        "a draft's embedding scale and logit soft cap are ignored",
+    ),
+    _Difference(
+        "cpu-taps",
+        "0.20.0",
+        "0.21.0",
+        "cpu",
+        "the CPU never asks the target for a draft's features, and dies",
+    ),
+    _Difference(
+        "cpu-packed-qkv",
+        "0.20.0",
+        "0.24.0",
+        "cpu",
+        "the draft's attention reads a weight that the CPU has packed away, and dies",
+    ),
+    _Difference(
+        "cpu-dflash-inputs",
+        "0.20.0",
+        "0.24.0",
+        "cpu",
+        "the CPU has no kernel for the draft's inputs, and dies",
+    ),
+    _Difference(
+        "cpu-sampler-arguments",
+        "0.20.0",
+        "0.20.2",
+        "cpu",
+        "the CPU's rejection sampler refuses its own arguments",
+    ),
+    _Difference(
+        "cpu-sampler-arguments",
+        "0.23.0",
+        "0.24.0",
+        "cpu",
+        "the CPU's rejection sampler refuses its own arguments",
+    ),
     _Difference(
         "context-k-norm",
         "0.31.0",
