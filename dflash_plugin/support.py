@@ -175,6 +175,20 @@ _VLLM_DIFFERENCES = (
         "the CPU's rejection sampler refuses its own arguments",
     ),
     _Difference(
+        "cpu-kv-update",
+        "0.18.0",
+        "0.23.0",
+        "cpu",
+        "the CPU back-end has no way to store a draft's context keys and values",
+    ),
+    _Difference(
+        "cpu-stale-kv",
+        "0.18.0",
+        "0.23.0",
+        "cpu",
+        "the CPU kernel's non-causal attention reads past the end of a sequence",
+    ),
+    _Difference(
         "context-k-norm",
         "0.31.0",
         "0.33.0",

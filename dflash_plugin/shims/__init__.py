@@ -29,6 +29,8 @@ NAMES: Mapping[str, str] = {
     "draft-windows": "vllm_draft_windows",
     "draft-windows-v2": "vllm_draft_windows_v2",
     "draft-scaling": "vllm_draft_scaling",
+    "cpu-kv-update": "vllm_cpu_kv_update",
+    "cpu-stale-kv": "vllm_cpu_stale_kv",
 }
 """Shim name, as ``support`` uses it -> module in this package."""
 
