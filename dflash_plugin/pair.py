@@ -387,6 +387,17 @@ def check_revision(folder: Path, sha256: Mapping[str, str]) -> str:
     return f"sha256 of {', '.join(sha256)} as expected"
 
 
+def layer_attention(raw: Mapping[str, Any], source: Path) -> tuple[LayerAttention, ...]:
+    """How each layer of the draft with this ``config.json`` attends.
+
+    Raises:
+        PairMismatchError: the fields that say so are missing or impossible.
+    """
+    dflash = raw.get("dflash_config")
+    get = Fields(source, raw, dflash if isinstance(dflash, Mapping) else {})
+    return _layer_attention(get, get.integer("num_hidden_layers", at_most=_MOST_LAYERS))
+
+
 def _layer_attention(get: Fields, num_layers: int) -> tuple[LayerAttention, ...]:
     """Window and causality per layer, by the precedence vLLM's ``qwen3_dflash`` uses.
 

@@ -28,6 +28,15 @@ NAMES: Mapping[str, str] = {
     "register-proposer": "vllm_register_proposer",
     "register-lookahead": "vllm_register_lookahead",
     "register-cpu-runner": "vllm_register_cpu_runner",
+    "cpu-packed-qkv": "vllm_cpu_packed_qkv",
+    "cpu-dflash-inputs": "vllm_cpu_dflash_inputs",
+    "cpu-sampler-arguments": "vllm_cpu_sampler_arguments",
+    "cpu-taps": "vllm_cpu_taps",
+    "tap-offset": "vllm_tap_offset",
+    "draft-lookahead": "vllm_draft_lookahead",
+    "draft-windows": "vllm_draft_windows",
+    "draft-windows-v2": "vllm_draft_windows_v2",
+    "draft-scaling": "vllm_draft_scaling",
 }
 """Shim name, as ``support`` uses it -> module in this package."""
 
