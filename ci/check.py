@@ -52,7 +52,7 @@ def run_exact(
                 "record_start": start,
             }
         )
-    after = _settled(dflash, num_speculative_tokens)
+    after = settled(dflash, num_speculative_tokens)
     blocks = [json.loads(line) for line in _read(record).splitlines()]
     return {
         "sequences": sequences,
@@ -126,7 +126,7 @@ def _lines(record: Path) -> int:
     return _read(record).count("\n")
 
 
-def _settled(client: ServerClient, num_speculative_tokens: int) -> AcceptanceStats:
+def settled(client: ServerClient, num_speculative_tokens: int) -> AcceptanceStats:
     """Counters once they have stopped moving: an engine updates them after it answers."""
     last = client.acceptance(num_speculative_tokens)
     for _ in range(20):

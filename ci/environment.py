@@ -197,6 +197,12 @@ def _engine_layers(engine: Engine, build: Build, base: Interpreter) -> list[Laye
     torch = _torch_layer(build.torch, base)
     reports = ("torch", "transformers", build.distribution)
     name = f"{engine.id}-{build.platform}"
+    if build.lock is None:
+        raise EnvironmentBuildError(
+            f"{engine.id} for {build.platform} is not built here: {build.distribution} "
+            f"{engine.version} wants a machine with that platform",
+            hint=f"--env-python {engine.id}=PATH names an interpreter that has it",
+        )
     return [torch, _lock_layer(name, lock.LOCKS / build.lock, torch, reports)]
 
 

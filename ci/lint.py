@@ -30,7 +30,7 @@ def _matrix() -> list[str]:
         f"{data.path.name}: {engine.id} {build.platform}: no lock {build.lock}"
         for engine in data.engines.values()
         for build in engine.builds.values()
-        if not (lock.LOCKS / build.lock).exists()
+        if build.lock and not (lock.LOCKS / build.lock).exists()
     ]
 
 

@@ -74,10 +74,10 @@ def known_locks(path: Path | None = None, *, folder: Path = LOCKS) -> Mapping[st
     """
     locks = [Lock(REFERENCE, folder / "reference.txt", REFERENCE_REQUIREMENTS, REFERENCE_TORCH)]
     for engine in matrix.load(path).engines.values():
-        for position, build in enumerate(engine.builds.values()):
+        for position, build in enumerate(b for b in engine.builds.values() if b.lock):
             lock_id = f"{engine.id}/{build.platform}" if position else engine.id
             requirement = f"{build.distribution}=={engine.version}"
-            locks.append(Lock(lock_id, folder / build.lock, (requirement,), build.torch))
+            locks.append(Lock(lock_id, folder / str(build.lock), (requirement,), build.torch))
     return {lock.id: lock for lock in locks}
 
 

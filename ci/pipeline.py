@@ -18,14 +18,25 @@ from typing import Any
 from dflash_plugin import checkpoint, demo, hub, pair
 from dflash_plugin.backends.server import ServerClient
 from dflash_plugin.cache import make_dir
-from dflash_plugin.errors import DFlashError, UsageError
+from dflash_plugin.errors import DFlashError, EngineExitedError, UsageError
 from dflash_plugin.matrix import Cell
 
-from . import check, environment, measure, prompts, replay
+from . import check, environment, measure, prompts, replay, replicas
 from . import judge as judging
 from .environment import Environment
 from .plan import Overrides, Plan
-from .records import ABORTED, UNTESTED, CellResult, Verdict, load_json, overall, save_json
+from .records import (
+    ABORTED,
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    UNTESTED,
+    CellResult,
+    Verdict,
+    load_json,
+    overall,
+    save_json,
+)
 from .serve import ServerSpec, serve_all
 
 CHECK, MEASURE = "check", "measure"
@@ -72,7 +83,7 @@ class CellRun:
         """Everything a number depends on and a reader needs, without paths."""
         return {
             "profile": asdict(self.plan.profile),
-            "prompt_set": self.plan.prompt_set,
+            "prompt_set": self.plan.prompts_of(self.cell).name,
             "template": "chat, one user message",
             "temperature": 0.0,
             "num_speculative_tokens": self.num_speculative_tokens,
@@ -101,11 +112,11 @@ def run_cell(
     """
     run = prepare(cell, plan, out)
     stage = _Stages(run, resume)
-    profile = plan.profile
+    profile, rows = plan.profile, plan.prompts_of(cell).prompts
     exact = replayed = control = speed = None
 
     if CHECK in stages:
-        chosen = prompts.spread(plan.prompts, profile.lossless_prompts)
+        chosen = prompts.spread(rows, profile.lossless_prompts)
         exact = stage("exact", lambda: _exact(run, chosen))
         replayed = stage("replay", lambda: _replay(run, exact), after=exact)
 
@@ -113,7 +124,7 @@ def run_cell(
         return check.run_control(
             base,
             dflash,
-            prompts.spread(plan.prompts, profile.control_prompts),
+            prompts.spread(rows, profile.control_prompts),
             max_tokens=profile.max_tokens,
             width=run.num_speculative_tokens + 1,
         )
@@ -122,19 +133,23 @@ def run_cell(
         return measure.run_speed(
             base,
             dflash,
-            prompts.spread(plan.prompts, profile.speed_prompts),
+            prompts.spread(rows, profile.speed_prompts),
             max_tokens=profile.max_tokens,
             rounds=profile.speed_rounds,
             concurrency=profile.concurrency,
         )
 
-    wanted = {"control": CHECK, "speed": MEASURE}
-    missing = [n for n, s in wanted.items() if s in stages and not stage.done(n)]
+    wanted = []
+    if CHECK in stages and profile.control_prompts:
+        wanted.append("control")
+    if MEASURE in stages and profile.measures_speed:
+        wanted.append("speed")
+    missing = [name for name in wanted if not stage.done(name)]
     servers = _lazy_servers(run) if missing else _no_servers()
     with servers as clients:
-        if CHECK in stages:
+        if "control" in wanted:
             control = stage("control", lambda: control_stage(*clients()))
-        if MEASURE in stages:
+        if "speed" in wanted:
             speed = stage("speed", lambda: speed_stage(*clients()))
     return judge(run, exact, replayed, control, speed)
 
@@ -150,20 +165,27 @@ def judge(
     lossless = faithful = faster = UNTESTED
     al = al_reference = speedup = None
     if exact is not None and replayed is not None:
-        lossless = judging.judge_lossless(exact, control)
+        lossless = judging.judge_lossless(
+            exact, control, float32_only=not run.plan.profile.control_prompts
+        )
         faithful = judging.judge_faithful(exact, replayed, run.cell.pair.expected)
         al, al_reference = faithful.evidence["al"], faithful.evidence["al_reference"]
+    if not run.plan.profile.measures_speed:
+        faster = Verdict(NOT_RUN, f"profile {run.plan.profile.name} leaves speed out")
     if speed is not None:
         summary = measure.summarise(speed)
         faster = measure.judge_faster(summary)
         speedup = next((row["speedup"] for row in summary if row["concurrency"] == 1), None)
     verdicts = {"lossless": lossless, "faithful": faithful, "faster": faster}
-    status, reason = overall(verdicts)
+    left_out = () if run.plan.profile.measures_speed else ("faster",)
+    status, reason = overall({k: v for k, v in verdicts.items() if k not in left_out})
     raw = {"exact": exact, "replay": replayed, "control": control, "speed": speed}
     return CellResult(
         id=run.cell.id,
         status=status,
         reason=reason,
+        # Its servers have answered, or an error had ended the run.
+        serves=UNTESTED if exact is None and speed is None else Verdict(PASSED),
         **verdicts,
         al=al,
         al_reference=al_reference,
@@ -175,17 +197,33 @@ def judge(
 
 
 def aborted(cell: Cell, error: DFlashError) -> CellResult:
-    """A result for a cell whose run ended in an error."""
-    untested = Verdict("not_run", "the run was aborted")
+    """A result for a cell whose run ended in an error.
+
+    An engine that ended because of the draft is a finding ("serves" failed), not an abort.
+    """
+    serves, why = UNTESTED, "the run was aborted"
+    status, reason = ABORTED, str(error)
+    if isinstance(error, EngineExitedError) and error.drafting:
+        found = error.cause or error.message.splitlines()[0]
+        serves, why = Verdict(FAILED, found), "the engine does not serve"
+        status = FAILED
+        reason = f"serves: {found}" if error.cause else reason
+    untested = Verdict(NOT_RUN, why)
     return CellResult(
         id=cell.id,
-        status=ABORTED,
-        reason=str(error),
+        status=status,
+        reason=reason,
+        serves=serves,
         lossless=untested,
         faithful=untested,
         faster=untested,
         settings={"exit_code": error.exit_code},
     )
+
+
+def not_run(cell: Cell) -> CellResult:
+    """A result for a cell that the matrix lists and says not to run."""
+    return CellResult(id=cell.id, status=NOT_RUN, reason=cell.not_run)
 
 
 def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:
@@ -226,6 +264,9 @@ def _models(cell: Cell, overrides: Overrides) -> tuple[Path, Path]:
             raise UsageError("--target without --draft", hint="name both halves of the pair")
         return _local(overrides.target), given
     row = cell.pair
+    if row.replica:
+        replica = replicas.ensure(row.replica)
+        return replica.target, given or replica.draft
     if row.embedded:
         embedded = demo.demo_pair()
         return embedded.target, given or embedded.draft

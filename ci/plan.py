@@ -34,21 +34,41 @@ class Overrides:
 
 
 @dataclass(frozen=True)
+class PromptSet:
+    """Prompts, and the name results know them by: where from, and a hash."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+
+    @classmethod
+    def of(cls, label: str, rows: Sequence[Prompt]) -> PromptSet:
+        """Name ``rows`` after ``label`` and their content."""
+        return cls(f"{label}@{prompts.digest(rows)}", tuple(rows))
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Cells in matrix order, and what is done in each."""
+    """Cells in matrix order, and what is done in each.
+
+    ``replica_prompts``: of the cells whose pair is a replica; the others have ``prompts``.
+    """
 
     cells: tuple[Cell, ...]
     profile: Profile
-    prompts: tuple[Prompt, ...]
-    prompt_set: str
+    prompts: PromptSet
+    replica_prompts: PromptSet
     overrides: Overrides = Overrides()
+
+    def prompts_of(self, cell: Cell) -> PromptSet:
+        """The prompts that a cell is run with."""
+        return self.replica_prompts if cell.pair.replica else self.prompts
 
     def to_json(self) -> dict[str, Any]:
         """For `python -m ci plan --json` and workflows."""
         return {
             "cells": [cell.id for cell in self.cells],
             "profile": asdict(self.profile),
-            "prompts": {"set": self.prompt_set, "count": len(self.prompts)},
+            "prompts": {"set": self.prompts.name, "count": len(self.prompts.prompts)},
         }
 
 
@@ -60,6 +80,8 @@ def make(
     overrides: Overrides | None = None,
 ) -> Plan:
     """Resolve names; ids and globs of cells, none meaning all.
+
+    Prompt files are for every cell; without them replicas have prompts of their own.
 
     Raises:
         UnknownCellError: a name or glob that matches nothing.
@@ -77,12 +99,13 @@ def make(
         else:
             chosen.append(matrix.cell(name))
     selected = chosen if cells else list(matrix.cells)
-    loaded = prompts.load(prompt_files)
     label = "+".join(Path(f).name for f in prompt_files) if prompt_files else "packaged"
+    chosen_prompts = PromptSet.of(label, prompts.load(prompt_files))
+    own = chosen_prompts if prompt_files else PromptSet.of("replica", prompts.of_replicas())
     return Plan(
         cells=tuple({cell.id: cell for cell in selected}.values()),
         profile=matrix.profile(profile),
-        prompts=tuple(loaded),
-        prompt_set=f"{label}@{prompts.digest(loaded)}",
+        prompts=chosen_prompts,
+        replica_prompts=own,
         overrides=overrides or Overrides(),
     )

@@ -11,6 +11,9 @@ from typing import Any
 
 from dflash_plugin.errors import UsageError
 
+from . import replica_specs
+from .replica_builder.prompts import prompts as replica_prompts
+
 PACKAGED = Path(__file__).parent / "data" / "prompts.jsonl"
 
 
@@ -47,6 +50,12 @@ def load(specs: Sequence[str] = ()) -> list[Prompt]:
     if double:
         raise UsageError(f"prompt id {double!r} occurs twice", hint="give every line its own id")
     return prompts
+
+
+def of_replicas() -> list[Prompt]:
+    """The prompts that every replica is run with: they speak its language."""
+    language = replica_specs.load().language.language()
+    return [Prompt(row.id, row.kind, row.text) for row in replica_prompts(language)]
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dflash_plugin.cache import atomic_write_text
 from dflash_plugin.errors import UsageError
+from dflash_plugin.matrix import SERVES, VERDICTS
 
 PASSED, FAILED, SKIPPED, ABORTED, NOT_RUN = "passed", "failed", "skipped", "aborted", "not_run"
 STATUSES = (PASSED, FAILED, SKIPPED, ABORTED, NOT_RUN)
@@ -29,11 +30,15 @@ UNTESTED = Verdict(NOT_RUN, "the stage was not run")
 
 @dataclass(frozen=True)
 class CellResult:
-    """What one run of one cell found; every number keeps its settings and raw data."""
+    """What one run of one cell found; every number keeps its settings and raw data.
+
+    ``serves``: the engine starts with the draft and answers; the three verdicts need it.
+    """
 
     id: str
     status: str
     reason: str
+    serves: Verdict = UNTESTED
     lossless: Verdict = UNTESTED
     faithful: Verdict = UNTESTED
     faster: Verdict = UNTESTED
@@ -64,7 +69,7 @@ class CellResult:
         if data["status"] not in STATUSES:
             raise UsageError(f"{source}: status is {data['status']!r}, expected one of {STATUSES}")
         values = dict(data)
-        for name in ("lossless", "faithful", "faster"):
+        for name in (SERVES, *VERDICTS):
             if name in values:
                 values[name] = _verdict(values[name], f"{source}: {name}")
         return cls(**values)

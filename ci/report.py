@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dflash_plugin.cache import atomic_write_text
+from dflash_plugin.cache import atomic_write_text, make_dir
 from dflash_plugin.errors import UsageError
-from dflash_plugin.matrix import Known, Matrix
+from dflash_plugin.matrix import SERVES, Known, Matrix
 
+from . import summary as releases
 from .records import FAILED, NOT_RUN, PASSED, CellResult, Verdict, load_json, result_path, save_json
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ def saved(matrix: Matrix, root: Path = RESULTS) -> list[CellResult]:
         if path.exists():
             results.append(CellResult.from_json(load_json(path), str(path)))
         else:
-            results.append(CellResult(cell.id, NOT_RUN, "no recorded run"))
+            results.append(CellResult(cell.id, NOT_RUN, cell.not_run or "no recorded run"))
     return results
 
 
@@ -74,15 +75,16 @@ def table(
 ) -> list[str]:
     """The Markdown table of verdicts; failures that the matrix knows are marked."""
     lines = [
-        "| cell | status | lossless | faithful | AL (reference) | speed-up by concurrency |",
-        "|---|---|---|---|---|---|",
+        "| cell | status | serves | lossless | faithful | AL (reference) | speed-up |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in results:
         al = "–" if r.al is None else f"{r.al:.2f} ({_number(r.al_reference)})"
         rows = known(r.id)
         lines.append(
-            f"| `{r.id}` | {_words(r.status)} | {_verdict(r, 'lossless', rows)} "
-            f"| {_verdict(r, 'faithful', rows)} | {al} | {_speedup(r)} |"
+            f"| `{r.id}` | {_words(r.status)} | {_verdict(r, SERVES, rows)} "
+            f"| {_verdict(r, 'lossless', rows)} | {_verdict(r, 'faithful', rows)} "
+            f"| {al} | {_speedup(r)} |"
         )
     return lines
 
@@ -94,10 +96,15 @@ def surprises(
 ) -> list[str]:
     """Verdicts that did not come out as they should: the reasons a run fails.
 
-    A verdict has to pass, or has to fail where the matrix knows that it does.
+    A verdict has to pass, or has to fail where the matrix knows that it does. An engine
+    that does not serve has no verdicts; a cell that the matrix says not to run has nothing.
     """
     lines = []
     rows = known(result.id)
+    if result.serves.status == FAILED or SERVES in rows:
+        verdicts = (SERVES,)
+    elif result.status == NOT_RUN and not result.settings:
+        return []
     for name in verdicts:
         verdict: Verdict = getattr(result, name)
         if name in rows:
@@ -107,7 +114,8 @@ def surprises(
                     f"fails until {rows[name].until}"
                 )
         elif verdict.status != PASSED:
-            lines.append(f"{result.id}: not {name} ({verdict.reason})")
+            does_not = "does not serve" if name == SERVES else f"not {name}"
+            lines.append(f"{result.id}: {does_not} ({verdict.reason})")
     return lines
 
 
@@ -133,10 +141,10 @@ def summary(result: CellResult) -> str:
 
 
 def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RESULTS) -> bool:
-    """Rewrite the README's support block from the saved results.
+    """Rewrite the README's support block, and ``<root>/README.md``, from the saved results.
 
     Returns:
-        Whether the block was up to date. With ``check`` nothing is written.
+        Whether both were up to date. With ``check`` nothing is written.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -147,18 +155,29 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
             f"{path}: no {BEGIN} … {END} block", hint="put the two lines back"
         ) from err
     results = saved(matrix, root)
-    block = "\n".join(
-        [
-            *table(results, matrix.known_failures),
-            "",
-            *_known(results, matrix),
-            *_provenance(results),
-        ]
-    )
-    fresh = f"{head}{BEGIN}\n\n{block}\n{END}{tail}"
-    if fresh != text and not check:
-        atomic_write_text(path, fresh)
-    return fresh == text
+    block = "\n".join([*releases.by_release(results, matrix), "", *_provenance(results)])
+    detail = [
+        "# Recorded results, cell by cell",
+        "",
+        "Written by `python -m ci report --readme` from the files beside it.",
+        "",
+        *table(results, matrix.known_failures),
+        "",
+        *_known(results, matrix),
+        *_provenance(results),
+    ]
+    wanted = {
+        path: f"{head}{BEGIN}\n\n{block}\n{END}{tail}",
+        root / "README.md": "\n".join(detail) + "\n",
+    }
+    fresh = True
+    for file, content in wanted.items():
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
+            fresh = False
+            if not check:
+                make_dir(file.parent)
+                atomic_write_text(file, content)
+    return fresh
 
 
 def _details(result: CellResult) -> list[str]:
@@ -170,6 +189,8 @@ def _details(result: CellResult) -> list[str]:
             f"({exact['tokens']} tokens) equal to the same engine without speculation"
         )
     control = result.lossless.evidence.get("bfloat16")
+    if exact and control is None:
+        lines.append("bfloat16: not run")
     if control:
         lines.append(
             f"bfloat16: {control['diverged']} of {control['prompts']} answers part from plain "
@@ -212,12 +233,16 @@ def _details(result: CellResult) -> list[str]:
 
 def _known(results: Sequence[CellResult], matrix: Matrix) -> list[str]:
     """The known failures among ``results``, each with its reason and its end."""
-    lines = [
-        f"- `{row.cell}` is not {row.verdict}: {row.reason}. Until {row.until}."
+    rows = [
+        row
         for result in results
         for row in matrix.known_failures(result.id).values()
         if getattr(result, row.verdict).status == FAILED
     ]
+    lines = []
+    for row in dict.fromkeys(rows):
+        what = "does not serve" if row.verdict == SERVES else f"is not {row.verdict}"
+        lines.append(f"- `{row.cell}` {what}: {row.reason}. Until {row.until}.")
     return [*lines, ""] if lines else []
 
 
@@ -229,7 +254,7 @@ def _provenance(results: Sequence[CellResult]) -> list[str]:
     sets = dict.fromkeys(r.settings["prompt_set"] for r in run)
     return [
         f"Last recorded run: {'; '.join(cpus)}; prompts {'; '.join(sets)}; greedy, chat template. "
-        "Details and raw numbers: `docs/results/`. A cell without a recorded run is “not run”."
+        "Each cell and its numbers: `docs/results/`. A cell without a recorded run is “not run”."
     ]
 
 

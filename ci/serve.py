@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,6 +39,11 @@ POLL = 0.2
 """Seconds between two looks at a server that is not ready."""
 RECORDER = Path(__file__).parent / "recorder"
 _LOG_LINES = 20
+_RAISED = re.compile(
+    r"^(?:\(\S+ pid=\d+\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] )?"
+    r"((?:[A-Za-z_]\w*\.)*(?:[A-Za-z_]\w*(?:Error|Exception))(?:: .*)?)$"
+)
+"""The last line of a traceback, with or without vLLM's process and logging prefixes."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class ServerSpec:
     record: Path | None = None
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
+    extra_args: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -74,6 +81,7 @@ class ServerSpec:
             *("--dtype", self.dtype, "--max-model-len", str(self.max_model_len)),
             *("--max-num-seqs", str(self.max_num_seqs)),
             *self.cell.build.args,
+            *self.extra_args,
         ]
         if self.eager:
             args.append("--enforce-eager")
@@ -203,15 +211,36 @@ class Server:
             raise EngineExitedError(
                 f"{self.spec.label}: the engine exited with code {code}\n{self.log_tail()}",
                 hint=f"see {self.spec.log}",
+                cause=first_error(self._log()),
+                drafting=self.spec.draft is not None,
             )
+
+    def _log(self) -> list[str]:
+        try:
+            return self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as err:
+            return [f"(no log: {err})"]
 
     def log_tail(self) -> str:
         """The last lines of the server's log, indented."""
-        try:
-            lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as err:
-            return f"    (no log: {err})"
-        return "\n".join(f"    | {line[:300]}" for line in lines[-_LOG_LINES:])
+        return "\n".join(f"    | {line[:300]}" for line in self._log()[-_LOG_LINES:])
+
+
+def first_error(log: Sequence[str]) -> str:
+    """The first error raised in an engine's log, in one line without folders; empty if none.
+
+    The first and not the last: each process that hears of it raises an error of its own.
+    """
+    for number, line in enumerate(log):
+        match = _RAISED.match(line)
+        if match is None:
+            continue
+        found = match[1]
+        if "validation error" in found:  # pydantic goes on for a field and a complaint
+            rest = [re.sub(r"^\(\S+ pid=\d+\) ", "", more) for more in log[number + 1 :][:2]]
+            found = " ".join([found, *map(str.strip, rest)])
+        return re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-])", "", found)[:500]
+    return ""
 
 
 def stop_all(servers: Sequence[Server]) -> None:

@@ -6,7 +6,8 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
+from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 from . import __version__, engines, launch, matrix, support
@@ -107,8 +108,31 @@ def _engine(name: str) -> list[Check]:
         ),
         _entry_point(name),
     ]
+    checks += [_shim(name, shim) for shim in decision.shims]
     checks += [Check(f"{name} limit", "ok", limit) for limit in decision.limits]
     return checks
+
+
+def _shim(engine: str, name: str) -> Check:
+    """Whether a shim meets the sources it was written against; without importing the engine."""
+    from . import shims
+    from .shims import sources
+
+    label, shim = f"{engine} shim", shims.load(name)
+    spec = util.find_spec(engine)
+    if spec is None or spec.origin is None:
+        return Check(label, "skipped", f"{name}: no package {engine} to look into")
+    site = Path(spec.origin).parents[1]
+    wrong = sources.differences(shim, sources.installed(site))
+    if wrong:
+        return Check(
+            label,
+            "failed",
+            f"{name} will not be applied: {'; '.join(wrong)}",
+            "update dflash-plugin, or reinstall the engine if its files were edited",
+            UnsupportedEngineError.exit_code,
+        )
+    return Check(label, "ok", f"{name}: {shim.mechanism} (else {shim.symptom})")
 
 
 def _entry_point(name: str) -> Check:

@@ -95,9 +95,19 @@ class PortInUseError(DFlashError):
 
 
 class EngineExitedError(DFlashError):
-    """The engine ended before it was ready, or while it was in use."""
+    """The engine ended before it was ready, or while it was in use.
+
+    ``cause``: the first error its log tells of; empty where it tells of none.
+    ``drafting``: it was the server with the draft.
+    """
 
     exit_code = 19
+
+    def __init__(
+        self, message: str, *, hint: str = "", cause: str = "", drafting: bool = False
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.cause, self.drafting = cause, drafting
 
 
 class EngineTimeoutError(DFlashError):
@@ -134,6 +144,12 @@ class ReplayError(DFlashError):
     """The reference replay ended without a result."""
 
     exit_code = 25
+
+
+class TrainingError(DFlashError):
+    """A draft cannot be trained: data without labels, or a loss that is not a number."""
+
+    exit_code = 26
 
 
 INTERRUPTED = 130

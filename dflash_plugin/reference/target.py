@@ -162,7 +162,7 @@ class HFTarget:
         """One forward pass over ``tokens``, after those in ``cache``."""
         ids = torch.tensor([list(tokens)], device=self.embedding.device)
         limit = {"logits_to_keep": rows} if self._keeps_rows else {}
-        with torch.inference_mode(), self._capture() as captured:
+        with torch.inference_mode(), self.captured() as captured:
             output = self.model(
                 input_ids=ids, past_key_values=cache, use_cache=cache is not None, **limit
             )
@@ -170,7 +170,7 @@ class HFTarget:
         return TargetOutput(output.logits[0, -rows:], taps)
 
     @contextmanager
-    def _capture(self) -> Iterator[dict[int, Tensor]]:
+    def captured(self) -> Iterator[dict[int, Tensor]]:
         """Collect the outputs of the tapped layers while the context lasts.
 
         Hooks and not ``output_hidden_states``: its last entry is after the final

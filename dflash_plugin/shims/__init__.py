@@ -82,8 +82,12 @@ def applied(shim: Shim, module: ModuleType | None) -> bool:
 
 def fingerprint(function: object) -> str:
     """A short hash of a function's source, indentation and trailing blanks aside."""
-    source = textwrap.dedent(inspect.getsource(function))  # type: ignore[arg-type]
-    lines = [line.rstrip() for line in source.splitlines()]
+    return fingerprint_of(inspect.getsource(function))  # type: ignore[arg-type]
+
+
+def fingerprint_of(source: str) -> str:
+    """:func:`fingerprint` of a function's source text."""
+    lines = [line.rstrip() for line in textwrap.dedent(source).splitlines()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

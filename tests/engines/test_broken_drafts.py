@@ -81,7 +81,7 @@ def exact(
 ) -> dict[str, dict]:
     """The same prompts on a plain server and on one server per broken draft."""
     made = plan.make(matrix.load(), [CELL], "ci")
-    chosen = prompts.spread(made.prompts, PROMPTS)
+    chosen = prompts.spread(made.prompts.prompts, PROMPTS)
     folder = tmp_path_factory.mktemp("servers")
     specs, records = [], {}
     for name in ("plain", "permuted", "shifted"):

@@ -107,6 +107,16 @@ def test_without_control_not_run() -> None:
     )  # fmt: skip
 
 
+def test_float32_alone_where_the_profile_says_so() -> None:
+    verdict = judge.judge_lossless(_exact(), None, float32_only=True)
+    assert verdict.status == "passed"
+    assert verdict.evidence["bfloat16"] is None
+    exact = _exact()
+    exact["sequences"][0]["generated"] = [1, 1, 1]
+    assert judge.judge_lossless(exact, None, float32_only=True).status == "failed"
+    assert judge.judge_lossless({"sequences": []}, None, float32_only=True).status == "not_run"
+
+
 @pytest.mark.parametrize("names", [["p0", "p1"], ["p1"]])
 def test_empty_answers_are_not_equal_answers(names: list[str]) -> None:
     exact = _exact()

