@@ -46,6 +46,9 @@ class Support:
         return f"DFlash on {where}: {self.level.value} ({self.reason})"
 
 
+_CPU_RUNS = (
+    "recorded runs are on the CPU; on GPUs the repairs were held against the release's sources only"
+)
 _CAUSAL = "blocks of sliding-window drafts see what comes after"
 _MIXED_SWA = "the V1 runner refuses drafts that mix sliding-window and full layers"
 
@@ -91,7 +94,7 @@ _VLLM = (
         Level.REFUSED,
         "the release ignores sliding windows in drafts, silently, and crashes on the CPU",
     ),
-    _Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN),
+    _Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN, (_CPU_RUNS,)),
 )
 
 # One line per shim and range of releases, in the order in which they are applied.

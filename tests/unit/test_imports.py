@@ -286,10 +286,10 @@ def test_registering_without_an_engine_is_cheap(bare):
     assert len(found) < 40, sorted(found)
 
 
-def test_registering_on_a_release_that_needs_nothing_is_cheap(bare, tmp_path):
-    info = tmp_path / "vllm-0.32.0+rocm700.dist-info"
+def test_registering_on_a_release_that_gets_nothing_is_cheap(bare, tmp_path):
+    info = tmp_path / "vllm-0.99.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+rocm700\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.99.0\n")
     found = new_modules(
         bare,
         f"sys.path.append({str(tmp_path)!r})\n"
