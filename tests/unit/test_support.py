@@ -152,3 +152,12 @@ def test_decide_never_raises(engine, version, platform):
     found = decide(engine, version, platform)
     assert found.reason
     assert found.usable or found.next_step
+
+
+def test_swa_causal_is_still_needed():
+    """Fails once no release is supported that takes causality from one field alone."""
+    supported = [row for row in support._VLLM if row.level is not REFUSED]
+    assert any(
+        support.Version(row.first) <= support.Version("0.25.1") <= support.Version(row.last)
+        for row in supported
+    )
