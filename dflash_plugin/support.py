@@ -130,10 +130,10 @@ _VLLM_DIFFERENCES = (
     ),
     _Difference(
         "draft-sampling",
-        "0.25.0",
+        "0.28.0",
         "0.33.0",
         None,
-        "drafts are chosen greedily at temperature > 0, which lowers acceptance",
+        "DFlash2 drafts are taken for certain at temperature > 0, which lowers acceptance",
     ),
     # Before mixed-swa: both change the V1 proposer, and this knows it as published.
     _Difference("swa-causal", "0.25.0", "0.25.1", None, _CAUSAL),

@@ -9,25 +9,23 @@ import pytest
 
 from dflash_plugin.shims import vllm_draft_sampling as sampling
 
-torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.torch
 log = logging.getLogger("test-draft-sampling")
 
 
-def configuration(*, v2=False, requests=16, vocabulary=1000, k=7, **speculation):
+def configuration(*, draft="DFlash2DraftModel", requests=16, vocabulary=1000, k=7, **speculation):
     settings = {
         "method": "dflash",
         "num_speculative_tokens": k,
         "draft_sample_method": "greedy",
         "rejection_sample_method": "standard",
         "use_local_argmax_reduction": False,
+        "draft_model_config": SimpleNamespace(architectures=[draft] if draft else None),
         **speculation,
     }
-    model = SimpleNamespace(head_dtype=torch.bfloat16, get_vocab_size=lambda: vocabulary)
+    model = SimpleNamespace(get_vocab_size=lambda: vocabulary)
     return SimpleNamespace(
         speculative_config=SimpleNamespace(**settings),
         model_config=model,
-        use_v2_model_runner=v2,
         scheduler_config=SimpleNamespace(max_num_seqs=requests),
     )
 
@@ -37,7 +35,7 @@ def chosen(config, given=None):
     return config.speculative_config.draft_sample_method
 
 
-def test_drafts_are_sampled_and_one_line_says_so(caplog):
+def test_dflash2_drafts_are_sampled_and_one_line_says_so(caplog):
     with caplog.at_level(logging.INFO):
         assert chosen(configuration()) == "probabilistic"
     assert len(caplog.records) == 1
@@ -47,6 +45,8 @@ def test_drafts_are_sampled_and_one_line_says_so(caplog):
 @pytest.mark.parametrize(
     "other",
     [
+        {"draft": "DFlashDraftModel"},
+        {"draft": None},
         {"method": "eagle3"},
         {"rejection_sample_method": "synthetic"},
         {"rejection_sample_method": "block"},
@@ -72,10 +72,8 @@ def test_no_speculation_is_left_alone():
     sampling.choose(SimpleNamespace(speculative_config=None), None, log)
 
 
-@pytest.mark.parametrize(("v2", "bytes_each"), [(False, 4), (True, 2)])
-def test_what_is_kept_is_counted(v2, bytes_each):
-    config = configuration(v2=v2, requests=3, vocabulary=100)
-    assert sampling.size(config, 7) == 3 * 7 * 100 * bytes_each
+def test_what_is_kept_is_counted():
+    assert sampling.size(configuration(requests=3, vocabulary=100), 7) == 3 * 7 * 100 * 4
 
 
 def test_too_much_memory_keeps_the_default(caplog):
