@@ -46,10 +46,11 @@ class Support:
         return f"DFlash on {where}: {self.level.value} ({self.reason})"
 
 
-_MIXED_SWA = "drafts that mix sliding-window and full layers need the V2 model runner"
-_GEMMA4 = (
-    "Gemma 4 targets: the draft's input-embedding scale is not applied, which lowers acceptance"
+_CPU_RUNS = (
+    "recorded runs are on the CPU; on GPUs the repairs were held against the release's sources only"
 )
+_CAUSAL = "blocks of sliding-window drafts see what comes after"
+_MIXED_SWA = "the V1 runner refuses drafts that mix sliding-window and full layers"
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,7 @@ _VLLM = (
         Level.NATIVE,
         _OWN,
     ),
-    _Releases(
-        "0.25.0",
-        "0.30.0",
-        Level.REFUSED,
-        "the release has dflash, but this version of dflash-plugin has no recorded run of it",
-    ),
-    _Releases("0.31.0", "0.33.0", Level.NATIVE, _OWN, (_MIXED_SWA, _GEMMA4)),
+    _Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN, (_CPU_RUNS,)),
 )
 
 # One line per shim and range of releases, in the order in which they are applied.
@@ -202,26 +197,57 @@ _VLLM_DIFFERENCES = (
         "the CPU's rejection sampler refuses its own arguments",
     ),
     _Difference(
-        "cpu-kv-update",
-        "0.18.0",
-        "0.23.0",
+        "cpu-kernels",
+        "0.30.0",
+        "0.30.0",
         "cpu",
-        "the CPU back-end has no way to store a draft's context keys and values",
-    ),
-    _Difference(
-        "cpu-stale-kv",
-        "0.18.0",
-        "0.23.0",
-        "cpu",
-        "the CPU kernel's non-causal attention reads past the end of a sequence",
+        "the CPU's kernels do not reach speculation",
     ),
     _Difference(
         "context-k-norm",
-        "0.31.0",
+        "0.25.0",
         "0.33.0",
         "cpu",
         "the CPU kernels normalise the context keys of all draft layers with the first "
         "layer's weight",
+    ),
+    _Difference(
+        "cpu-expand",
+        "0.25.0",
+        "0.33.0",
+        "cpu",
+        "the CPU kernels verify sampled drafts at an uninitialised temperature",
+    ),
+    _Difference(
+        "draft-scale",
+        "0.25.0",
+        "0.33.0",
+        None,
+        "drafts are not given their Gemma target's embedding scale and soft cap",
+    ),
+    _Difference(
+        "draft-sampling",
+        "0.28.0",
+        "0.33.0",
+        None,
+        "DFlash2 drafts are taken for certain at temperature > 0, which lowers acceptance",
+    ),
+    # Before mixed-swa: both change the V1 proposer, and this knows it as published.
+    _Difference("swa-causal", "0.25.0", "0.25.1", None, _CAUSAL),
+    _Difference("swa-causal-v2", "0.25.0", "0.25.1", None, _CAUSAL),
+    _Difference("mixed-swa", "0.25.0", "0.33.0", None, _MIXED_SWA),
+    _Difference("mixed-swa-model", "0.25.0", "0.33.0", None, _MIXED_SWA),
+    _Difference("mixed-swa-config", "0.26.0", "0.33.0", None, _MIXED_SWA),
+    *(
+        _Difference(
+            shim,
+            "0.25.0",
+            "0.33.0",
+            platform,
+            "with a Gemma 4 target, drafts get its attention's geometry and back-end",
+        )
+        for shim in ("mm-prefix", "triton-geometry")
+        for platform in ("cuda", "rocm", "xpu", "unknown")
     ),
 )
 

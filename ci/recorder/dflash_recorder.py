@@ -10,6 +10,7 @@ known token), ``known`` (its id), ``draft`` (the proposed ids).
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,8 @@ def wrap(proposer, path):  # type: ignore[no-untyped-def]
     if getattr(original, "records_blocks", False):
         return
 
+    # wraps: who looks at the source of `propose` is to see the engine's.
+    @functools.wraps(original)
     def propose(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         # Before the call: it rewrites its input buffers.
         positions = kwargs["target_positions"]

@@ -37,6 +37,17 @@ NAMES: Mapping[str, str] = {
     "draft-windows": "vllm_draft_windows",
     "draft-windows-v2": "vllm_draft_windows_v2",
     "draft-scaling": "vllm_draft_scaling",
+    "cpu-expand": "vllm_cpu_expand",
+    "cpu-kernels": "vllm_cpu_kernels",
+    "draft-sampling": "vllm_draft_sampling",
+    "draft-scale": "vllm_draft_scale",
+    "mixed-swa": "vllm_mixed_swa",
+    "mixed-swa-config": "vllm_mixed_swa_config",
+    "mixed-swa-model": "vllm_mixed_swa_model",
+    "mm-prefix": "vllm_mm_prefix",
+    "swa-causal": "vllm_swa_causal",
+    "swa-causal-v2": "vllm_swa_causal_v2",
+    "triton-geometry": "vllm_triton_geometry",
 }
 """Shim name, as ``support`` uses it -> module in this package."""
 
@@ -81,6 +92,11 @@ def install(names: Sequence[str], log: logging.Logger) -> None:
         _after_import(shim.module, shim.name, changed)
 
 
+def applied(shim: Shim, module: ModuleType | None) -> bool:
+    """Whether ``shim`` is in place in ``module``, its own."""
+    return bool(getattr(module, _marker(shim), False))
+
+
 def fingerprint(function: object) -> str:
     """A short hash of a function's source, indentation and trailing blanks aside."""
     return fingerprint_of(inspect.getsource(function))  # type: ignore[arg-type]
@@ -106,8 +122,7 @@ def resolve(module: ModuleType, symbol: str) -> object:
 
 
 def _apply(shim: Shim, module: ModuleType, log: logging.Logger) -> None:
-    marker = f"_dflash_plugin_{NAMES[shim.name]}"
-    if getattr(module, marker, False):
+    if applied(shim, module):
         return
     try:
         for symbol, known in shim.fingerprints.items():
@@ -120,10 +135,14 @@ def _apply(shim: Shim, module: ModuleType, log: logging.Logger) -> None:
                 )
                 return
         done = shim.apply(module)
-        setattr(module, marker, True)
+        setattr(module, _marker(shim), True)
         log.debug("dflash-plugin: %s: %s", shim.name, done)
     except Exception:  # the engine must run whatever is wrong here
         log.exception("dflash-plugin: %s not applied because of the error below", shim.name)
+
+
+def _marker(shim: Shim) -> str:
+    return f"_dflash_plugin_{NAMES[shim.name]}"
 
 
 def _after_import(name: str, key: str, action: Callable[[ModuleType], None]) -> None:

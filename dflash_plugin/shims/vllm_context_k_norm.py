@@ -56,8 +56,8 @@ SHIM = Shim(
     fingerprints={
         "DFlashQwen3Model._normalize_context_k": frozenset(
             {
-                "4fae88c9d7bed79c",  # 0.31.0
-                "454c99d6706a5907",  # 0.32.0, 0.33.0
+                "454c99d6706a5907",  # 0.25.0 - 0.29.0, 0.32.0, 0.33.0
+                "4fae88c9d7bed79c",  # 0.30.0, 0.31.0
             }
         ),
     },

@@ -18,7 +18,7 @@ def install_kernels() -> None:
     import vllm.v1.sample.rejection_sampler as sampler
     from vllm.v1.spec_decode import eagle
 
-    from . import vllm_cpu_kernels as kernels
+    from . import vllm_torch_kernels as kernels
 
     for module, names in ((sampler, kernels.REJECTION), (eagle, kernels.PROPOSER)):
         for name in names:

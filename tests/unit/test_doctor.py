@@ -10,7 +10,7 @@ import pytest
 from installations import DFLASH_ENTRY, install, site_fixture  # noqa: F401  # fixture
 from pairs import make_draft, make_target
 
-from dflash_plugin import cli, doctor, matrix, shims
+from dflash_plugin import cli, doctor, matrix, shims, support
 from dflash_plugin.errors import MatrixError
 from dflash_plugin.shims import sources
 
@@ -68,7 +68,9 @@ def test_a_good_pair_is_looked_at_too(engine, pair, capsys):
 
 def test_a_shim_is_named_with_what_it_is_for(engine, capsys):
     _, checks = report(capsys)
-    assert checks["vllm shim"]["detail"].startswith("context-k-norm: ")
+    name, _, what = checks["vllm shim"]["detail"].partition(": ")
+    assert name == support.decide("vllm", "0.32.0", "cpu").shims[-1]
+    assert "the norm is called once per layer instead (else drafts on the CPU part" in what
 
 
 @pytest.mark.parametrize("source", ["class Model:\n    def norm(self):\n        return 2\n", ""])
@@ -98,7 +100,7 @@ def test_an_unsupported_release(site, capsys):
     install(site, "dflash-plugin", "0.1.0", entry_points=DFLASH_ENTRY)
     code, checks = report(capsys)
     assert code == 22
-    assert checks["vllm support"]["remedy"] == "use vLLM 0.31.0 to 0.33.0"
+    assert checks["vllm support"]["remedy"] == "use vLLM 0.25.0 to 0.33.0"
 
 
 def test_a_source_tree_without_entry_points(site, capsys):

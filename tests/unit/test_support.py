@@ -25,14 +25,15 @@ NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
         ("0.32.0+cpu", "cpu", SHIM),
         ("0.32.0.post1", "cpu", SHIM),
         ("0.33.0", "cpu", SHIM),
-        ("0.31.0", "cuda", NATIVE),
-        ("0.32.0+cu130", "cuda", NATIVE),
-        ("0.33.0", "rocm", NATIVE),
-        ("0.33.0", "unknown", NATIVE),
-        ("0.30.0", "cpu", REFUSED),
-        ("0.30.0", "cuda", REFUSED),
-        ("0.25.1", "cuda", REFUSED),
-        ("0.25.2", "cuda", REFUSED),
+        ("0.31.0", "cuda", SHIM),
+        ("0.32.0+cu130", "cuda", SHIM),
+        ("0.33.0", "rocm", SHIM),
+        ("0.33.0", "unknown", SHIM),
+        ("0.30.0", "cpu", SHIM),
+        ("0.30.0", "cuda", SHIM),
+        ("0.25.0", "cpu", SHIM),
+        ("0.25.1", "cuda", SHIM),
+        ("0.25.2", "cuda", SHIM),
         ("0.24.0", "cpu", REFUSED),
         ("0.24.0", "cuda", REFUSED),
         ("0.22.0", "cuda", REFUSED),
@@ -66,10 +67,32 @@ def test_vllm(version, platform, level):
     assert bool(found.next_step) is (level is REFUSED)
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.32.0", "0.33.0"])
-def test_the_cpu_needs_one_repair_and_other_platforms_none(version):
-    assert decide("vllm", version, "cpu").shims == ("context-k-norm",)
-    assert decide("vllm", version, "cuda").shims == ()
+CPU = {"context-k-norm", "cpu-expand"}
+GPU = {"mm-prefix", "triton-geometry"}
+ALL = {"draft-scale", "mixed-swa", "mixed-swa-model"}
+NEW = ("0.25.0", "0.25.1", "0.26.0", "0.27.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0",
+       "0.32.0", "0.33.0")  # fmt: skip
+
+
+@pytest.mark.parametrize("version", NEW)
+def test_releases_with_a_dflash_of_their_own_are_repaired(version):
+    expected = set(ALL)
+    if version.startswith("0.25."):
+        expected |= {"swa-causal", "swa-causal-v2"}
+    else:
+        expected.add("mixed-swa-config")
+    if support.Version(version) >= support.Version("0.28.0"):
+        expected.add("draft-sampling")
+    cpu = decide("vllm", version, "cpu")
+    assert set(cpu.shims) == expected | CPU | ({"cpu-kernels"} if version == "0.30.0" else set())
+    assert cpu.limits == (support._CPU_RUNS,)
+    for platform in ("cuda", "rocm", "unknown"):
+        assert set(decide("vllm", version, platform).shims) == expected | GPU
+
+
+def test_a_shim_that_knows_the_published_proposer_comes_before_those_that_change_it():
+    found = decide("vllm", "0.25.1", "cpu").shims
+    assert found.index("swa-causal") < found.index("mixed-swa")
 
 
 @pytest.mark.parametrize("engine", ["sglang", "transformers", ""])
@@ -86,10 +109,11 @@ def test_a_newer_release_is_told_what_the_newest_known_one_is():
 
 def test_one_line_says_it_all():
     line = decide("vllm", "0.32.0", "cuda").line()
-    assert (
-        line == "DFlash on vllm 0.32.0 on cuda: native (the release's own dflash is used unchanged)"
+    assert line.startswith(
+        "DFlash on vllm 0.32.0 on cuda: shim (the release's own dflash, repaired"
     )
     assert "\n" not in line
+    assert len(line) < 700
 
 
 def test_rows_are_complete():
@@ -136,3 +160,12 @@ def test_decide_never_raises(engine, version, platform):
     found = decide(engine, version, platform)
     assert found.reason
     assert found.usable or found.next_step
+
+
+def test_swa_causal_is_still_needed():
+    """Fails once no release is supported that takes causality from one field alone."""
+    supported = [row for row in support._VLLM if row.level is not REFUSED]
+    assert any(
+        support.Version(row.first) <= support.Version("0.25.1") <= support.Version(row.last)
+        for row in supported
+    )

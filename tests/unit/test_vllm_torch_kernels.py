@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 torch.set_num_threads(1)
 
-from dflash_plugin.shims import vllm_cpu_kernels as kernels  # noqa: E402
+from dflash_plugin.shims import vllm_torch_kernels as kernels  # noqa: E402
 
 EMPTY = -1
 
