@@ -141,10 +141,10 @@ def summary(result: CellResult) -> str:
 
 
 def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RESULTS) -> bool:
-    """Rewrite the README's support block, and ``<root>/README.md``, from the saved results.
+    """Rewrite the README's support block and the pages made from data in ``docs/``.
 
     Returns:
-        Whether both were up to date. With ``check`` nothing is written.
+        Whether all were up to date. With ``check`` nothing is written.
     """
     text = path.read_text(encoding="utf-8")
     try:
@@ -169,6 +169,7 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
     wanted = {
         path: f"{head}{BEGIN}\n\n{block}\n{END}{tail}",
         root / "README.md": "\n".join(detail) + "\n",
+        root.parent / "vllm-repairs.md": "\n".join(releases.differences()),
     }
     fresh = True
     for file, content in wanted.items():

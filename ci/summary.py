@@ -1,13 +1,14 @@
-"""The recorded results by release: the README's table, one line an engine and platform."""
+"""Pages made from data: the README's table by release, and what the plugin changes in vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from packaging.version import Version
 
-from dflash_plugin import support
+from dflash_plugin import shims, support
 from dflash_plugin.matrix import Cell, Matrix
+from dflash_plugin.shims import Shim
 
 from .records import FAILED, NOT_RUN, PASSED, CellResult
 
@@ -88,3 +89,36 @@ def _speedup(results: Sequence[CellResult]) -> str:
         if result.speedup is not None
     ]
     return ", ".join(cells) or "–"
+
+
+def differences(shim_of: Callable[[str], Shim] = shims.load) -> list[str]:
+    """``docs/vllm-repairs.md``: every upstream difference that a shim bridges."""
+    lines = [
+        "# What the plugin changes in vLLM, release by release",
+        "",
+        "Written by `python -m ci report --readme` from `dflash_plugin/support.py` and the shims",
+        "themselves. A shim is applied only to the very sources it was written against",
+        "(`dflash-plugin doctor` says whether it meets them); otherwise the engine runs as",
+        "published, and its log says so.",
+        "",
+    ]
+    rows: dict[str, list[support.Difference]] = {}
+    for row in support.vllm_differences():
+        rows.setdefault(row.shim, []).append(row)
+    for name, where in rows.items():
+        shim = shim_of(name)
+        ranges = dict.fromkeys(
+            (r.first if r.first == r.last else f"{r.first} to {r.last}") for r in where
+        )
+        platforms = dict.fromkeys(r.platform or "every platform" for r in where)
+        lines += [
+            f"## {name}",
+            "",
+            f"vLLM {', '.join(ranges)}; {', '.join(platforms)}; changes `{shim.module}`.",
+            "",
+            f"- Without it: {shim.symptom}.",
+            f"- What it does: {shim.mechanism}.",
+            f"- It goes {shim.removal}.",
+            "",
+        ]
+    return lines

@@ -65,7 +65,7 @@ class _Releases:
 
 
 @dataclass(frozen=True)
-class _Difference:
+class Difference:
     """What one shim bridges, in which releases; ``platform`` None: on all of them."""
 
     shim: str
@@ -102,7 +102,7 @@ _VLLM = (
 # One line per shim and range of releases, in the order in which they are applied.
 _VLLM_DIFFERENCES = (
     *(
-        _Difference(shim, "0.18.0", "0.19.1", platform, "the method, its model and its proposer")
+        Difference(shim, "0.18.0", "0.19.1", platform, "the method, its model and its proposer")
         for shim, platform in (
             ("register-arguments", None),
             ("register-config", None),
@@ -112,98 +112,98 @@ _VLLM_DIFFERENCES = (
             ("register-cpu-runner", "cpu"),
         )
     ),
-    _Difference(
+    Difference(
         "cpu-kv-update",
         "0.18.0",
         "0.23.0",
         "cpu",
         "the CPU back-end has no way to store a draft's context keys and values",
     ),
-    _Difference(
+    Difference(
         "cpu-stale-kv",
         "0.18.0",
         "0.23.0",
         "cpu",
         "the CPU kernel's non-causal attention reads past the end of a sequence",
     ),
-    _Difference(
+    Difference(
         "tap-offset",
         "0.20.0",
         "0.21.0",
         None,
         "a draft's features come from the layers below those it names",
     ),
-    _Difference(
+    Difference(
         "draft-lookahead",
         "0.20.0",
         "0.22.1",
         None,
         "the scheduler reserves one KV slot too few for a draft",
     ),
-    _Difference(
+    Difference(
         "draft-windows",
         "0.20.0",
         "0.24.0",
         None,
         "sliding windows of drafts are ignored, silently",
     ),
-    _Difference(
+    Difference(
         "draft-windows-v2",
         "0.24.0",
         "0.24.0",
         None,
         "sliding windows of drafts are ignored, silently",
     ),
-    _Difference(
+    Difference(
         "draft-scaling",
         "0.20.0",
         "0.24.0",
         None,
         "a draft's embedding scale and logit soft cap are ignored",
     ),
-    _Difference(
+    Difference(
         "cpu-taps",
         "0.20.0",
         "0.21.0",
         "cpu",
         "the CPU never asks the target for a draft's features, and dies",
     ),
-    _Difference(
+    Difference(
         "cpu-packed-qkv",
         "0.20.0",
         "0.24.0",
         "cpu",
         "the draft's attention reads a weight that the CPU has packed away, and dies",
     ),
-    _Difference(
+    Difference(
         "cpu-dflash-inputs",
         "0.20.0",
         "0.24.0",
         "cpu",
         "the CPU has no kernel for the draft's inputs, and dies",
     ),
-    _Difference(
+    Difference(
         "cpu-sampler-arguments",
         "0.20.0",
         "0.20.2",
         "cpu",
         "the CPU's rejection sampler refuses its own arguments",
     ),
-    _Difference(
+    Difference(
         "cpu-sampler-arguments",
         "0.23.0",
         "0.24.0",
         "cpu",
         "the CPU's rejection sampler refuses its own arguments",
     ),
-    _Difference(
+    Difference(
         "cpu-kernels",
         "0.30.0",
         "0.30.0",
         "cpu",
         "the CPU's kernels do not reach speculation",
     ),
-    _Difference(
+    Difference(
         "context-k-norm",
         "0.25.0",
         "0.33.0",
@@ -211,21 +211,21 @@ _VLLM_DIFFERENCES = (
         "the CPU kernels normalise the context keys of all draft layers with the first "
         "layer's weight",
     ),
-    _Difference(
+    Difference(
         "cpu-expand",
         "0.25.0",
         "0.33.0",
         "cpu",
         "the CPU kernels verify sampled drafts at an uninitialised temperature",
     ),
-    _Difference(
+    Difference(
         "draft-scale",
         "0.25.0",
         "0.33.0",
         None,
         "drafts are not given their Gemma target's embedding scale and soft cap",
     ),
-    _Difference(
+    Difference(
         "draft-sampling",
         "0.28.0",
         "0.33.0",
@@ -233,13 +233,13 @@ _VLLM_DIFFERENCES = (
         "DFlash2 drafts are taken for certain at temperature > 0, which lowers acceptance",
     ),
     # Before mixed-swa: both change the V1 proposer, and this knows it as published.
-    _Difference("swa-causal", "0.25.0", "0.25.1", None, _CAUSAL),
-    _Difference("swa-causal-v2", "0.25.0", "0.25.1", None, _CAUSAL),
-    _Difference("mixed-swa", "0.25.0", "0.33.0", None, _MIXED_SWA),
-    _Difference("mixed-swa-model", "0.25.0", "0.33.0", None, _MIXED_SWA),
-    _Difference("mixed-swa-config", "0.26.0", "0.33.0", None, _MIXED_SWA),
+    Difference("swa-causal", "0.25.0", "0.25.1", None, _CAUSAL),
+    Difference("swa-causal-v2", "0.25.0", "0.25.1", None, _CAUSAL),
+    Difference("mixed-swa", "0.25.0", "0.33.0", None, _MIXED_SWA),
+    Difference("mixed-swa-model", "0.25.0", "0.33.0", None, _MIXED_SWA),
+    Difference("mixed-swa-config", "0.26.0", "0.33.0", None, _MIXED_SWA),
     *(
-        _Difference(
+        Difference(
             shim,
             "0.25.0",
             "0.33.0",
@@ -301,3 +301,8 @@ def decide(engine: str, version: str, platform: str) -> Support:
 
 def _oldest_usable() -> str:
     return next(row.first for row in _VLLM if row.level is not Level.REFUSED)
+
+
+def vllm_differences() -> tuple[Difference, ...]:
+    """Every upstream difference of vLLM that a shim bridges, in the order of application."""
+    return _VLLM_DIFFERENCES

@@ -6,7 +6,7 @@ import pytest
 
 from ci import summary
 from ci.records import CellResult, Verdict
-from dflash_plugin import matrix
+from dflash_plugin import matrix, shims, support
 
 PASSED, FAILED = Verdict("passed"), Verdict("failed", "why")
 
@@ -45,3 +45,10 @@ def test_every_release_and_platform_has_a_line_oldest_first() -> None:
     assert lines[0].startswith("| vllm 0.18.1 | cpu |")
     assert lines[-1].startswith("| vllm 0.33.0 | cuda |")
     assert all("| not run | not run | – |" in line for line in lines)
+
+
+def test_every_repair_has_its_place_on_the_page() -> None:
+    lines = summary.differences()
+    for row in support.vllm_differences():
+        assert f"## {row.shim}" in lines
+    assert len([line for line in lines if line.startswith("- It goes ")]) == len(shims.NAMES)
