@@ -33,9 +33,12 @@ NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
         ("0.30.0", "cuda", REFUSED),
         ("0.25.1", "cuda", REFUSED),
         ("0.25.2", "cuda", REFUSED),
-        ("0.24.0", "cpu", REFUSED),
-        ("0.24.0", "cuda", REFUSED),
-        ("0.22.0", "cuda", REFUSED),
+        ("0.24.0", "cpu", SHIM),
+        ("0.24.0", "cuda", SHIM),
+        ("0.22.0", "cuda", SHIM),
+        ("0.20.0", "cpu", SHIM),
+        ("0.20.2", "cuda", SHIM),
+        ("0.21.0", "unknown", SHIM),
         ("0.19.1", "cuda", REFUSED),
         ("0.1", "cpu", REFUSED),
         ("0.34.0", "cpu", REFUSED),
@@ -64,6 +67,28 @@ def test_vllm(version, platform, level):
 def test_the_cpu_needs_one_repair_and_other_platforms_none(version):
     assert decide("vllm", version, "cpu").shims == ("context-k-norm",)
     assert decide("vllm", version, "cuda").shims == ()
+
+
+OLD = {"draft-windows", "draft-scaling"}
+OLD_CPU = {"cpu-packed-qkv", "cpu-dflash-inputs"}
+TAPS, EARLY, SAMPLER = {"tap-offset"}, {"draft-lookahead"}, {"cpu-sampler-arguments"}
+ATTENTION = {"cpu-kv-update", "cpu-stale-kv"}
+
+
+@pytest.mark.parametrize(
+    ("version", "everywhere", "on_the_cpu"),
+    [
+        ("0.20.0", OLD | TAPS | EARLY, OLD_CPU | ATTENTION | SAMPLER | {"cpu-taps"}),
+        ("0.20.2", OLD | TAPS | EARLY, OLD_CPU | ATTENTION | SAMPLER | {"cpu-taps"}),
+        ("0.21.0", OLD | TAPS | EARLY, OLD_CPU | ATTENTION | {"cpu-taps"}),
+        ("0.22.1", OLD | EARLY, OLD_CPU | ATTENTION),
+        ("0.23.0", OLD, OLD_CPU | ATTENTION | SAMPLER),
+        ("0.24.0", OLD | {"draft-windows-v2"}, OLD_CPU | SAMPLER),
+    ],
+)
+def test_the_releases_that_lack_most(version, everywhere, on_the_cpu):
+    assert set(decide("vllm", version, "cuda").shims) == everywhere
+    assert set(decide("vllm", version, "cpu").shims) == everywhere | on_the_cpu
 
 
 @pytest.mark.parametrize("engine", ["sglang", "transformers", ""])
