@@ -119,6 +119,13 @@ _VLLM_DIFFERENCES = (
         "the scheduler reserves one KV slot too few for a draft",
     ),
     _Difference(
+        "draft-context-end",
+        "0.20.0",
+        "0.22.1",
+        None,
+        "the last draft reaches past the end of the context",
+    ),
+    _Difference(
         "draft-windows",
         "0.20.0",
         "0.24.0",

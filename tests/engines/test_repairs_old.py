@@ -40,8 +40,9 @@ DEFECTS = {
 }
 SCALED = {"input_embedding_scale": 3.0, "final_logit_softcapping": 20.0}
 # Not seen with one request at a time on a CPU: their sources alone are looked at here.
-# draft-lookahead: requests side by side; draft-windows-v2: a GPU. The others have tests.
-SOURCES_ONLY = {"draft-lookahead", "draft-windows-v2"}
+# draft-lookahead: requests side by side; draft-context-end: one step in thousands;
+# draft-windows-v2: a GPU. The others have tests of their own.
+SOURCES_ONLY = {"draft-lookahead", "draft-context-end", "draft-windows-v2"}
 ELSEWHERE = {"cpu-kv-update", "cpu-stale-kv", "cpu-expand"}
 
 

@@ -12,6 +12,7 @@ from dflash_plugin.shims import (
     vllm_cpu_packed_qkv,
     vllm_cpu_sampler_arguments,
     vllm_cpu_taps,
+    vllm_draft_context_end,
     vllm_draft_lookahead,
     vllm_draft_scaling,
     vllm_tap_offset,
@@ -138,6 +139,19 @@ def test_other_schedulers_reserve_what_they_did(config):
     assert found.num_lookahead_tokens == K
     found.kv_cache_manager.allocate_slots("request", 3, num_lookahead_tokens=0)
     assert asked == [(("request", 3), {"num_lookahead_tokens": 0})]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"), [(speculative(), 99), (speculative("eagle3"), 100), (None, 100)]
+)
+def test_drafts_end_with_the_context(config, expected):
+    class GPUModelRunner:
+        def __init__(self, vllm_config, device):
+            self.speculative_config = vllm_config
+            self.effective_drafter_max_model_len = 100
+
+    vllm_draft_context_end.apply(module(GPUModelRunner=GPUModelRunner))
+    assert GPUModelRunner(config, "cpu").effective_drafter_max_model_len == expected
 
 
 # --- the sampler's CPU kernels --------------------------------------------------

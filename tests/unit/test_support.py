@@ -71,7 +71,11 @@ def test_the_cpu_needs_one_repair_and_other_platforms_none(version):
 
 OLD = {"draft-windows", "draft-scaling"}
 OLD_CPU = {"cpu-packed-qkv", "cpu-dflash-inputs"}
-TAPS, EARLY, SAMPLER = {"tap-offset"}, {"draft-lookahead"}, {"cpu-sampler-arguments"}
+TAPS, EARLY, SAMPLER = (
+    {"tap-offset"},
+    {"draft-lookahead", "draft-context-end"},
+    {"cpu-sampler-arguments"},
+)
 ATTENTION = {"cpu-kv-update", "cpu-stale-kv"}
 
 
