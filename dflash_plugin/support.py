@@ -51,6 +51,11 @@ _GEMMA4 = (
     "Gemma 4 targets: the draft's input-embedding scale is not applied, which lowers acceptance"
 )
 
+_WHOLE_KV = (
+    "sliding-window layers of drafts keep the keys of the whole sequence: right, and more KV "
+    "memory than their window needs"
+)
+
 
 @dataclass(frozen=True)
 class _Releases:
@@ -92,6 +97,7 @@ _VLLM = (
         "0.24.0",
         Level.NATIVE,
         _OWN,
+        (_WHOLE_KV,),
     ),
     _Releases(
         "0.25.0",
