@@ -52,6 +52,11 @@ _CPU_RUNS = (
 _CAUSAL = "blocks of sliding-window drafts see what comes after"
 _MIXED_SWA = "the V1 runner refuses drafts that mix sliding-window and full layers"
 
+_WHOLE_KV = (
+    "sliding-window layers of drafts keep the keys of the whole sequence: right, and more KV "
+    "memory than their window needs"
+)
+
 
 @dataclass(frozen=True)
 class _Releases:
@@ -95,6 +100,7 @@ _VLLM = (
         "0.24.0",
         Level.NATIVE,
         _OWN,
+        (_WHOLE_KV,),
     ),
     _Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN, (_CPU_RUNS,)),
 )
@@ -139,6 +145,13 @@ _VLLM_DIFFERENCES = (
         "0.22.1",
         None,
         "the scheduler reserves one KV slot too few for a draft",
+    ),
+    Difference(
+        "draft-context-end",
+        "0.20.0",
+        "0.22.1",
+        None,
+        "the last draft reaches past the end of the context",
     ),
     Difference(
         "draft-windows",

@@ -34,6 +34,7 @@ NAMES: Mapping[str, str] = {
     "cpu-taps": "vllm_cpu_taps",
     "tap-offset": "vllm_tap_offset",
     "draft-lookahead": "vllm_draft_lookahead",
+    "draft-context-end": "vllm_draft_context_end",
     "draft-windows": "vllm_draft_windows",
     "draft-windows-v2": "vllm_draft_windows_v2",
     "draft-scaling": "vllm_draft_scaling",

@@ -48,7 +48,7 @@ SHIM = Shim(
     mechanism="Scheduler.num_lookahead_tokens is K, and 0 for a new request; both become K + 1, "
     "as from 0.23 on",
     removal="when 0.22 and older are no longer supported, which "
-    "test_each_repair_is_still_needed shows by failing",
+    "test_the_shim_knows_the_source shows by failing",
     module="vllm.v1.core.sched.scheduler",
     fingerprints={
         "Scheduler.__init__": frozenset(

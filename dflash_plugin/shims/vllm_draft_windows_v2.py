@@ -47,7 +47,7 @@ SHIM = Shim(
     "attention; acceptance falls with the length of the sequence, silently",
     mechanism="as draft-windows, in DFlashSpeculator",
     removal="when 0.24 is no longer supported (0.25 refuses such drafts, 0.26 runs them), which "
-    "test_each_repair_is_still_needed shows by failing",
+    "test_the_shim_knows_the_source shows by failing",
     module="vllm.v1.worker.gpu.spec_decode.dflash.speculator",
     fingerprints={
         **LAYERS,

@@ -34,9 +34,6 @@ NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
         ("0.25.0", "cpu", SHIM),
         ("0.25.1", "cuda", SHIM),
         ("0.25.2", "cuda", SHIM),
-        ("0.24.0", "cpu", REFUSED),
-        ("0.24.0", "cuda", REFUSED),
-        ("0.22.0", "cuda", REFUSED),
         ("0.19.1", "cuda", REGISTERED),
         ("0.19.1+cu129", "cuda", REGISTERED),
         ("0.19.0", "cpu", REGISTERED),
@@ -44,6 +41,12 @@ NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
         ("0.18.0", "unknown", REGISTERED),
         ("0.17.1", "cpu", REFUSED),
         ("0.17.1", "cuda", REFUSED),
+        ("0.24.0", "cpu", SHIM),
+        ("0.24.0", "cuda", SHIM),
+        ("0.22.0", "cuda", SHIM),
+        ("0.20.0", "cpu", SHIM),
+        ("0.20.2", "cuda", SHIM),
+        ("0.21.0", "unknown", SHIM),
         ("0.1", "cpu", REFUSED),
         ("0.34.0", "cpu", REFUSED),
         ("0.34.0", "cuda", REFUSED),
@@ -93,6 +96,32 @@ def test_releases_with_a_dflash_of_their_own_are_repaired(version):
 def test_a_shim_that_knows_the_published_proposer_comes_before_those_that_change_it():
     found = decide("vllm", "0.25.1", "cpu").shims
     assert found.index("swa-causal") < found.index("mixed-swa")
+
+
+OLD = {"draft-windows", "draft-scaling"}
+OLD_CPU = {"cpu-packed-qkv", "cpu-dflash-inputs"}
+TAPS, EARLY, SAMPLER = (
+    {"tap-offset"},
+    {"draft-lookahead", "draft-context-end"},
+    {"cpu-sampler-arguments"},
+)
+ATTENTION = {"cpu-kv-update", "cpu-stale-kv"}
+
+
+@pytest.mark.parametrize(
+    ("version", "everywhere", "on_the_cpu"),
+    [
+        ("0.20.0", OLD | TAPS | EARLY, OLD_CPU | ATTENTION | SAMPLER | {"cpu-taps"}),
+        ("0.20.2", OLD | TAPS | EARLY, OLD_CPU | ATTENTION | SAMPLER | {"cpu-taps"}),
+        ("0.21.0", OLD | TAPS | EARLY, OLD_CPU | ATTENTION | {"cpu-taps"}),
+        ("0.22.1", OLD | EARLY, OLD_CPU | ATTENTION),
+        ("0.23.0", OLD, OLD_CPU | ATTENTION | SAMPLER),
+        ("0.24.0", OLD | {"draft-windows-v2"}, OLD_CPU | SAMPLER),
+    ],
+)
+def test_the_releases_that_lack_most(version, everywhere, on_the_cpu):
+    assert set(decide("vllm", version, "cuda").shims) == everywhere
+    assert set(decide("vllm", version, "cpu").shims) == everywhere | on_the_cpu
 
 
 @pytest.mark.parametrize("engine", ["sglang", "transformers", ""])
