@@ -23,6 +23,7 @@ LAYERS = {
     "matrix": 1,
     "config_file": 1,
     "pair": 1,
+    "draft_math": 1,
     "checkpoint": 1,
     "cache": 1,
     "engines": 1,
@@ -41,11 +42,17 @@ LAYERS = {
     "bench": 4,
     "cli": 5,
 }
-# On one floor, from -> to: a draft's facts are its config, read field by field, and its weights.
-SIDEWAYS = {("pair", "config_file"), ("pair", "checkpoint")}
+# On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
+# and what follows from the config.
+SIDEWAYS = {("pair", "config_file"), ("pair", "checkpoint"), ("draft_math", "pair")}
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}
 HEAVY = {"vllm", "sglang", "torch", "transformers", "mlx", "mlx_lm"}
+# What the modules of a local back-end may import at their top: they are imported when asked for.
+BACKENDS = {
+    "transformers": {"torch", "transformers", "safetensors"},
+    "mlx": {"mlx", "mlx_lm"},
+}
 
 
 @dataclass(frozen=True)
@@ -168,11 +175,27 @@ def test_lower_floors_need_the_standard_library_alone(path):
 # training and bench are tools that are never in an engine's process.
 @each_file(lambda name: floor(name) >= 3 and name not in ("training", "bench"))
 def test_upper_floors_import_third_parties_late(path):
+    backend = path.name.partition("_")[0] if unit(path) == "backends" else ""
+    allowed = PLAIN | {"dflash_plugin"} | BACKENDS.get(backend, set())
     wrong = [
         str(found)
         for found in imports(path)
-        if found.top and found.name.split(".")[0] not in PLAIN | {"dflash_plugin"}
+        if found.top and found.name.split(".")[0] not in allowed
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+@each_file()
+def test_mlx_is_imported_by_its_backend_alone(path):
+    own = unit(path) == "backends" and path.name.startswith("mlx_")
+    wrong = [str(i) for i in imports(path) if i.name.split(".")[0] in BACKENDS["mlx"] and not own]
+    assert not wrong, "\n".join(wrong)
+
+
+@each_file(lambda name: name != "backends")
+def test_a_local_backend_is_resolved_only_when_asked(path):
+    local = tuple(f"dflash_plugin.backends.{name}_" for name in BACKENDS)
+    wrong = [str(i) for i in imports(path) if i.top and i.name.startswith(local)]
     assert not wrong, "\n".join(wrong)
 
 
