@@ -35,6 +35,7 @@ LAYERS = {
     "shims": 3,
     "backends": 3,
     "launch": 3,
+    "local": 4,
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,
