@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..acceptance import AcceptanceStats
-from ..errors import UsageError
+from ..errors import PairMismatchError, UsageError
 from .rows import Row, Step, TextStream
 
 PREFILL_CHUNK = 512
@@ -332,6 +332,21 @@ def check_prompt(name: str, ids: Sequence[int], backend: Backend, max_tokens: in
             f"but the target takes {longest} together",
             hint=f"max_tokens {room} at most" if room > 0 else "shorten the prompt",
         )
+
+
+def check_block_size(wanted: int | None, most: int) -> int:
+    """The block size, by default all the draft has room for.
+
+    Raises:
+        PairMismatchError: more than the draft's.
+    """
+    if wanted is not None and wanted > most:
+        raise PairMismatchError(
+            f"block_size is {wanted}, but the draft's is {most}" if most > 1
+            else f"block_size is {wanted}, but no draft is loaded",
+            hint=f"block_size {most} at most",
+        )  # fmt: skip
+    return wanted or most
 
 
 def _split(prompt: Any) -> tuple[bool, list[Any]]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..errors import PairMismatchError, UsageError
-from .api import Options, Pair
+from ..errors import UsageError
+from .api import Options, Pair, check_block_size
 from .rows import Row, Step
 from .transformers_cache import TargetCache
 from .transformers_draft import DFlashDraftModel, DraftCache
@@ -80,8 +80,7 @@ class TransformersBackend:
         """Decode until every row is done; see :class:`dflash_plugin.backends.api.Backend`."""
         for row in rows:
             row.start()
-        # Rows of one length side by side: those are read together.
-        live = sorted((row for row in rows if not row.done), key=lambda row: len(row.prompt))
+        live = [row for row in rows if not row.done]
         k = check_block_size(options.block_size, self.block_size) - 1
         if not live:
             return
@@ -91,7 +90,7 @@ class TransformersBackend:
         if cache is not None:
             state.resume(cache, live[0])
         try:
-            start = 0
+            start = 0  # prompts of one length that follow each other are read together
             for _length, group in groupby(live, key=lambda row: len(row.prompt)):
                 some = list(group)
                 prompts = [row.prompt for row in some]
@@ -108,21 +107,6 @@ class TransformersBackend:
         finally:
             if cache is not None:
                 state.leave(cache, rows[0])
-
-
-def check_block_size(wanted: int | None, most: int) -> int:
-    """The block size, by default all the draft has room for.
-
-    Raises:
-        PairMismatchError: more than the draft's.
-    """
-    if wanted is not None and wanted > most:
-        raise PairMismatchError(
-            f"block_size is {wanted}, but the draft's is {most}" if most > 1
-            else f"block_size is {wanted}, but no draft is loaded",
-            hint=f"block_size {most} at most",
-        )  # fmt: skip
-    return wanted or most
 
 
 class _State:

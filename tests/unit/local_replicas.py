@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from dflash_plugin.backends.transformers_cache import Places
@@ -126,6 +128,21 @@ def make_target(name: str, *, seed: int = 0, **changes: Any) -> Any:
             torch.nn.init.normal_(parameter, std=0.25)
     # Their buffers and vectors are not all set by every release.
     return model
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A tokenizer of the words w0, w1, …, with a chat template."""
+    words = {f"w{i}": i for i in range(VOCAB)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="w2", pad_token="w0", unk_token="w0"
+    )
+    made.chat_template = (
+        "{% for m in messages %}w9 {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}w8{% endif %}"
+    )
+    made.save_pretrained(folder)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -36,6 +36,7 @@ LAYERS = {
     "backends": 3,
     "launch": 3,
     "local": 4,
+    "model_mlx": 4,
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,17 +13,15 @@ torch = pytest.importorskip("torch", reason="needs torch: `make setup` links it"
 pytest.importorskip("transformers")
 
 import local_replicas as replicas  # noqa: E402
-from reference_helpers import draft_json, draft_weights  # noqa: E402
+from local_drafts import TAPS, random_draft  # noqa: E402
 
 import dflash_plugin  # noqa: E402
 from dflash_plugin.backends.transformers_draft import DFlashDraftModel  # noqa: E402
 from dflash_plugin.backends.transformers_model import load  # noqa: E402
 from dflash_plugin.errors import PairMismatchError, UsageError  # noqa: E402
-from dflash_plugin.pair import DraftConfig  # noqa: E402
 from dflash_plugin.reference.sampling import Sampler  # noqa: E402
 
 pytestmark = pytest.mark.torch
-TAPS = (0, 2)
 IDS = replicas.prompt(9)
 
 
@@ -39,14 +36,7 @@ def text(model: Any) -> list[int]:
 
 
 def draft(**changes: Any) -> DFlashDraftModel:
-    raw = {
-        "hidden_size": replicas.HIDDEN,
-        "vocab_size": replicas.VOCAB,
-        "dflash": {"mask_token_id": 63, "target_layer_ids": list(TAPS)},
-        **changes,
-    }
-    config = DraftConfig.from_dict(draft_json(**raw), Path("draft/config.json"))
-    return DFlashDraftModel(config, {k: v.float() for k, v in draft_weights(config).items()})
+    return DFlashDraftModel(*random_draft(**changes))
 
 
 class Letters:
@@ -150,7 +140,7 @@ def test_interleaved_streams_do_not_disturb_each_other(model):
     found = [[], []]
     for steps in itertools.zip_longest(*streams):
         for tokens, step in zip(found, steps, strict=True):
-            tokens += step.token_ids if step else ()
+            tokens.extend(step.token_ids if step else ())
     assert found == [result.token_ids for result in alone]
 
 
@@ -360,7 +350,7 @@ def test_halves_that_do_not_fit_are_refused(model):
         load(model, draft(hidden_size=48))
     with pytest.raises(PairMismatchError, match=r"has 4 decoder layers, expected layers \[9\]"):
         load(model, draft(dflash={"mask_token_id": 63, "target_layer_ids": [9]}))
-    with pytest.raises(UsageError, match="draft is in torch.float64, but the target's"):
+    with pytest.raises(UsageError, match=r"draft is in torch.float64, but the target's"):
         load(model, draft().double())
     with pytest.raises(UsageError, match="draft is on meta, but the target's"):
         load(model, draft().to("meta"))
