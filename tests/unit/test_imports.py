@@ -36,6 +36,7 @@ LAYERS = {
     "backends": 3,
     "launch": 3,
     "local": 4,
+    "console": 4,
     "model_mlx": 4,
     "vllm_entry": 4,
     "sglang_entry": 4,
@@ -45,8 +46,13 @@ LAYERS = {
     "cli": 5,
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
-# and what follows from the config.
-SIDEWAYS = {("pair", "config_file"), ("pair", "checkpoint"), ("draft_math", "pair")}
+# and what follows from the config; the console shows what `local` generates.
+SIDEWAYS = {
+    ("pair", "config_file"),
+    ("pair", "checkpoint"),
+    ("draft_math", "pair"),
+    ("console", "local"),
+}
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}
 HEAVY = {"vllm", "sglang", "torch", "transformers", "mlx", "mlx_lm"}
