@@ -73,6 +73,8 @@ class Target:
             for i, kind in enumerate(self.kinds)
             if kind == LINEAR
         }
+        if self._linear:
+            self._check_states_are_read()
 
     @property
     def vocab_size(self) -> int:
@@ -123,13 +125,13 @@ class Target:
 
     def _masks(self, positions: Tensor, width: int) -> Any:
         """What each token of a pass sees, for the kinds of layers the model has."""
-        made = {kind: self._mask(positions, width, kind) for kind in dict.fromkeys(self.kinds)}
+        kinds = dict.fromkeys(kind for kind in self.kinds if kind != LINEAR)
+        made = {kind: self._mask(positions, width, kind) for kind in kinds}
+        # Hybrids have one kind, and of a mask for it they know that it is not of padding.
         return next(iter(made.values())) if len(made) == 1 else made
 
-    def _mask(self, positions: Tensor, width: int, kind: str) -> Tensor | None:
+    def _mask(self, positions: Tensor, width: int, kind: str) -> Tensor:
         """[rows, 1, n, width]: bool, or added to the scores."""
-        if kind == LINEAR:
-            return None
         behind = positions[:, None, :, None] - torch.arange(width, device=self.device)
         seen = behind >= 0
         if kind == SLIDING:
@@ -174,9 +176,28 @@ class Target:
             for handle in handles:
                 handle.remove()
 
-    def linear_module(self, index: int) -> Any:
-        """The linear-attention module of a layer."""
-        return self._linear[index]
+    @torch.inference_mode()
+    def _check_states_are_read(self) -> None:
+        """Some releases start anew where several tokens follow a state: try it on one layer.
+
+        Raises:
+            PairMismatchError: the layer does so.
+        """
+        index, module = next(iter(self._linear.items()))
+        some = next(p for p in module.parameters() if p.is_floating_point())
+        x = torch.randn(1, 6, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        x = x.to(some.device, some.dtype)
+        outputs = []
+        for parts in ([x], [x[:, :3], x[:, 3:]]):
+            cache = self.cache(1)
+            cache.enter([0])
+            outputs.append(torch.cat([module(part, cache.cache) for part in parts], dim=1).float())
+        if (outputs[0] - outputs[1]).norm() > 0.1 * outputs[0].norm():
+            raise PairMismatchError(
+                f"{self.name}: layer {index} ({LINEAR}) does not go on from its state where "
+                "several tokens follow, so nothing can be verified",
+                hint="pip install -U transformers",
+            )
 
     def rewind(self, undo: Undo, kept: Sequence[int]) -> None:
         """Forget the last tokens of a pass: each row keeps its first ``kept``, at least 1."""

@@ -367,6 +367,18 @@ def test_states_that_are_not_known_are_refused():
         load(model, draft())
 
 
+def test_a_layer_that_forgets_its_state_is_refused():
+    if not replicas.available("qwen3.5"):
+        pytest.skip("this Transformers lacks it")
+    model = replicas.make_target("qwen3.5")
+    module = model.model.layers[0].linear_attn
+    forward = module.forward
+    load(model, draft())
+    module.forward = lambda hidden_states, cache_params=None, **rest: forward(hidden_states)
+    with pytest.raises(PairMismatchError, match=r"layer 0 .* does not go on from its state"):
+        load(model, draft())
+
+
 # --- the one function ---
 
 
