@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__, errors
 
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--dry-run", action="store_true", help="print the command and stop")
     serve.add_argument("--no-preflight", action="store_true", help="do not check the pair first")
 
+    _add_generate(commands)
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -63,6 +65,32 @@ def _parser() -> argparse.ArgumentParser:
     replace = actions.add_parser("replace-demo-draft", help="put another draft in its place")
     replace.add_argument("folder", help="folder with config.json and model.safetensors")
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="stream one answer, then AL and tokens/s")
+    generate.add_argument("backend", choices=["transformers", "mlx", "server"])
+    generate.add_argument("prompt", help="the user's message")
+    generate.add_argument("--system", metavar="TEXT", help="the system message")
+    generate.add_argument(
+        "--target", default="demo", help="demo (default), a pair id, a hub id or a local folder"
+    )
+    generate.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
+    generate.add_argument("--compare", action="store_true", help="plain decoding beside it")
+    generate.add_argument("--max-tokens", type=_positive, default=256, metavar="N")
+    generate.add_argument("--block-size", type=_positive, metavar="B", help="1: plain decoding")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--min-p", type=float, default=0.0, metavar="P")
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
+    generate.add_argument("--dtype", help="such as bfloat16 (default: the checkpoint's)")
+    generate.add_argument("--device", help="transformers: cpu, cuda, mps")
+    generate.add_argument("--draft-bits", type=int, metavar="N", help="mlx: quantise the draft")
+    generate.add_argument("--base-url", default="http://127.0.0.1:8000", help="server")
+    generate.add_argument("--model", help="server: the name the model is served by")
+    generate.add_argument("--compare-url", help="server: the same model without a draft")
 
 
 def _positive(text: str) -> int:
@@ -100,6 +128,48 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def _generate(args: argparse.Namespace) -> int:
+    from . import console
+
+    messages = [{"role": "user", "content": args.prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    options = {
+        name: getattr(args, name)
+        for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+    }
+    if args.backend == "server":
+        if args.model is None:
+            raise errors.UsageError("server: --model is missing", hint="name the served model")
+        if args.compare and args.compare_url is None:
+            raise errors.UsageError(
+                "server: --compare needs a second server of the model, without a draft",
+                hint="give its address with --compare-url",
+            )
+        if options["top_k"] == 0:  # an extension that not every server knows
+            del options["top_k"], options["min_p"]
+        asked = {name: value for name, value in options.items() if value not in (None, [])}
+        return console.generate_server(
+            args.base_url, args.model, messages, compare_url=args.compare_url, options=asked
+        )
+    if args.block_size is not None:
+        options["block_size"] = args.block_size
+    names = {"transformers": ("dtype", "device"), "mlx": ("dtype", "draft_bits")}[args.backend]
+    for name in ("dtype", "device", "draft_bits"):
+        if name not in names and getattr(args, name) is not None:
+            raise errors.UsageError(f"--{name.replace('_', '-')} is not for {args.backend}")
+    loading = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return console.generate_local(
+        args.backend,
+        args.target,
+        args.draft,
+        messages,
+        compare=args.compare,
+        loading=loading,
+        options=options,
+    )
+
+
 def _pair(args: argparse.Namespace) -> int:
     from . import demo
 
@@ -116,7 +186,7 @@ def _pair(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"doctor": _doctor, "serve": _serve, "pair": _pair}
+_COMMANDS = {"doctor": _doctor, "serve": _serve, "generate": _generate, "pair": _pair}
 
 if __name__ == "__main__":
     sys.exit(main())

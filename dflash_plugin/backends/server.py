@@ -53,6 +53,15 @@ class Completion:
         return (self.times[-1] - self.times[0]) / later if later else float("nan")
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of a streamed answer; ``tokens`` is the answer's count where it is known."""
+
+    text: str
+    tokens: int
+    finish_reason: str | None
+
+
 class ServerClient:
     """A client of one server; every method may be called from several threads."""
 
@@ -144,6 +153,47 @@ class ServerClient:
                 hint="see the server's log",
             )
         return Completion(tuple(tokens), reason, tuple(sizes), tuple(times))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]
+    ) -> Iterator[Piece]:
+        """Stream the answer to a conversation; ``options`` are fields of the request.
+
+        Raises:
+            RequestError: refused, failed, cut off, or not understood.
+        """
+        body = {
+            "model": self.model,
+            "messages": list(messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **options,
+        }
+        for event in self._events("/v1/chat/completions", body):
+            if event == "[DONE]":
+                return
+            try:
+                answer = json.loads(event)
+                if "error" in answer:
+                    raise RequestError(
+                        f"{self.base_url}: the server gave up: {event[:300]}",
+                        hint="see the server's log",
+                    )
+                choice = (answer["choices"] or [{}])[0]
+                usage = answer.get("usage") or {}
+                yield Piece(
+                    choice.get("delta", {}).get("content") or "",
+                    int(usage.get("completion_tokens", 0)),
+                    choice.get("finish_reason"),
+                )
+            except (ValueError, KeyError, TypeError, AttributeError) as err:
+                raise RequestError(
+                    f"{self.base_url}: unreadable stream event {event[:200]!r}",
+                    hint="is this an OpenAI-compatible server?",
+                ) from err
+        raise RequestError(
+            f"{self.base_url}: the stream ended without [DONE]", hint="see the server's log"
+        )
 
     def next_logprobs(self, prompt: Sequence[int], top: int = 20) -> dict[int, float]:
         """Log-probabilities (nats) of the ``top`` likeliest next tokens, by token id."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from ..checkpoint import check_tensors, weight_files
+from ..draft_math import check_supported
 from ..errors import CheckpointError, PairMismatchError
 from ..pair import DraftConfig, LayerAttention, check_block
 from .rope import frequencies, rotate, rotation
@@ -266,42 +267,6 @@ def visible(queries: Tensor, keys: Tensor, attention: LayerAttention) -> Tensor:
     if attention.window is not None:
         seen &= behind.abs() < attention.window
     return seen
-
-
-def check_supported(config: DraftConfig) -> None:
-    """Refuse published options that the reference does not implement.
-
-    Raises:
-        PairMismatchError: names the field; ignoring it would change the draft silently.
-    """
-    raw = config.raw
-    dflash = raw.get("dflash_config") or {}
-
-    def found(name: str, default: object) -> object:
-        nested = dflash.get(name)
-        value = raw.get(name) if nested is None else nested
-        return default if value is None else value
-
-    needed = {
-        "attention_sink_bias": False,
-        "add_swa_attention_sink_bias": False,
-        "is_neox_style": True,
-        "use_aux_hidden_state": True,
-        "draft_vocab_size": config.vocab_size,
-    }
-    for name, value in needed.items():
-        if found(name, value) != value:
-            raise PairMismatchError(
-                f"{config.source}: {name} is {found(name, value)!r}, expected {value!r}",
-                hint="the reference does not implement this; report the pair",
-            )
-    if config.hidden_act not in ACTIVATIONS:
-        raise PairMismatchError(
-            f"{config.source}: hidden_act is {config.hidden_act!r}, expected one of "
-            + ", ".join(ACTIVATIONS),
-            hint="the reference does not implement this; report the pair",
-        )
-    frequencies(config)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

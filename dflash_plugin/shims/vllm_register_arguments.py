@@ -80,7 +80,7 @@ def check(draft: pair.DraftConfig, target: pair.TargetConfig, tokens: Any) -> No
     Raises:
         PairMismatchError, UsageError: names the field, what was expected and found.
     """
-    from ..reference.model import check_supported
+    from ..draft_math import check_supported
 
     if type(tokens) is not int:
         raise UsageError(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..pair import DraftConfig, LayerAttention
-from ..reference.model import ACTIVATIONS, check_supported
+from ..draft_math import check_supported
+from ..reference.model import ACTIVATIONS
 from ..reference.rope import frequencies, rotate, rotation
 
 Rotary = tuple[Tensor, Tensor]

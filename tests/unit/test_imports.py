@@ -24,6 +24,7 @@ LAYERS = {
     "matrix": 1,
     "config_file": 1,
     "pair": 1,
+    "draft_math": 1,
     "checkpoint": 1,
     "cache": 1,
     "engines": 1,
@@ -35,6 +36,9 @@ LAYERS = {
     "shims": 3,
     "backends": 3,
     "launch": 3,
+    "local": 4,
+    "console": 4,
+    "model_mlx": 4,
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,
@@ -42,14 +46,26 @@ LAYERS = {
     "bench": 4,
     "cli": 5,
 }
-# On one floor, from -> to: a draft's facts are its config, read field by field, and its weights;
-# the matrix is a file of tables.
-SIDEWAYS = {("pair", "config_file"), ("pair", "checkpoint"), ("matrix", "toml_table")}
+# On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
+# and what follows from the config; the matrix is a file of tables; the console shows what
+# `local` generates.
+SIDEWAYS = {
+    ("pair", "config_file"),
+    ("pair", "checkpoint"),
+    ("matrix", "toml_table"),
+    ("draft_math", "pair"),
+    ("console", "local"),
+}
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}
 # Subclasses of the engine's own, and torch code: loaded by shims once dflash is asked for.
 IN_THE_ENGINE = {"vllm_block_inputs", "vllm_torch_kernels", "vllm_draft_model", "vllm_proposer"}
 HEAVY = {"vllm", "sglang", "torch", "transformers", "mlx", "mlx_lm"}
+# What the modules of a local back-end may import at their top: they are imported when asked for.
+BACKENDS = {
+    "transformers": {"torch", "transformers", "safetensors"},
+    "mlx": {"mlx", "mlx_lm"},
+}
 
 
 @dataclass(frozen=True)
@@ -174,10 +190,12 @@ def test_lower_floors_need_the_standard_library_alone(path):
 def test_upper_floors_import_third_parties_late(path):
     if path.stem in IN_THE_ENGINE:
         return
+    backend = path.name.partition("_")[0] if unit(path) == "backends" else ""
+    allowed = PLAIN | {"dflash_plugin"} | BACKENDS.get(backend, set())
     wrong = [
         str(found)
         for found in imports(path)
-        if found.top and found.name.split(".")[0] not in PLAIN | {"dflash_plugin"}
+        if found.top and found.name.split(".")[0] not in allowed
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -190,6 +208,20 @@ def test_classes_built_on_the_engine_are_imported_late(path):
         if found.top and found.name.rpartition(".")[2] in IN_THE_ENGINE
     ]
     assert path.stem in IN_THE_ENGINE or not wrong, "\n".join(wrong)
+
+
+@each_file()
+def test_mlx_is_imported_by_its_backend_alone(path):
+    own = unit(path) == "backends" and path.name.startswith("mlx_")
+    wrong = [str(i) for i in imports(path) if i.name.split(".")[0] in BACKENDS["mlx"] and not own]
+    assert not wrong, "\n".join(wrong)
+
+
+@each_file(lambda name: name != "backends")
+def test_a_local_backend_is_resolved_only_when_asked(path):
+    local = tuple(f"dflash_plugin.backends.{name}_" for name in BACKENDS)
+    wrong = [str(i) for i in imports(path) if i.top and i.name.startswith(local)]
+    assert not wrong, "\n".join(wrong)
 
 
 @each_file()
@@ -206,8 +238,8 @@ def test_ci_imports_no_engine_and_no_torch():
     wrong = [
         str(found)
         for path in files("ci")
-        # They run inside the engine, and in an environment with torch.
-        if not {"recorder", "replica_builder"} & set(path.parts)
+        # They run inside the engine, and in environments with torch.
+        if not {"recorder", "replica_builder", "workers"} & set(path.parts)
         for found in imports(path)
         if found.name.split(".")[0] in HEAVY
     ]
