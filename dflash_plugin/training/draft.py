@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..draft_math import check_supported
 from ..pair import DraftConfig, LayerAttention
-from ..reference.model import ACTIVATIONS
+from ..reference.model import ACTIVATIONS, check_supported
 from ..reference.rope import frequencies, rotate, rotation
 
 Rotary = tuple[Tensor, Tensor]
