@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, silu
 
 from ..checkpoint import check_tensors, weight_files
-from ..draft_math import check_supported as check_supported
+from ..draft_math import check_supported as check_supported  # noqa: PLC0414 (re-exported)
 from ..errors import CheckpointError, PairMismatchError
 from ..pair import DraftConfig, LayerAttention, check_block
 from .rope import frequencies, rotate, rotation
