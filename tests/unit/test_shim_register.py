@@ -415,3 +415,28 @@ def test_without_dflash_the_cpu_runner_is_the_published_one(runner):
     assert runner.kernels == []
     with pytest.raises(AssertionError, match="not supported"):
         runner(SimpleNamespace(speculative_config=speculative("eagle3")), "cpu")
+
+
+def test_torch_kernels_go_where_triton_ones_are_looked_for(monkeypatch):
+    pytest.importorskip("torch")
+    from dflash_plugin.shims import vllm_cpu_kernels as kernels
+
+    sampler = ModuleType("vllm.v1.sample.rejection_sampler")
+    proposers = ModuleType("vllm.v1.spec_decode.eagle")
+    proposers.triton = None
+    parents = ("vllm", "vllm.v1", "vllm.v1.sample", "vllm.v1.spec_decode")
+    for name in parents:
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for module in (sampler, proposers):
+        parent, _, name = module.__name__.rpartition(".")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(sys.modules[parent], name, module, raising=False)
+    for parent in parents[1:]:
+        above, _, name = parent.rpartition(".")
+        monkeypatch.setattr(sys.modules[above], name, sys.modules[parent], raising=False)
+    cpu_runner.install_kernels()
+    for module, names in ((sampler, kernels.REJECTION), (proposers, kernels.PROPOSER)):
+        for name in names:
+            assert getattr(module, name)[(1,)] is getattr(kernels, name)
+    powers = [proposers.triton.next_power_of_2(n) for n in (1, 2, 3, 5, 8, 9)]
+    assert powers == [1, 2, 4, 8, 8, 16]
