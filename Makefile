@@ -30,9 +30,11 @@ matrix: $(VENV)/.installed
 	$(PY) -m ci run --profile full --compiled --out out/matrix --resume --save $(MATRIX_ARGS)
 	$(PY) -m ci report --readme
 
-# The tests of the reference need torch: the environment for its replay has it.
+# The tests of the reference need torch: the environment for its replay has it. MLX is for the
+# tests of its back-end, which run on any CPU.
 setup: $(VENV)/.installed
 	$(PY) -m ci env reference --link $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r ci/data/mlx.txt
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed here (the engine wheels ask for it): make PYTHON=python3.12 …")'
