@@ -96,11 +96,11 @@ def test_no_engine_of_that_name(engine, capsys):
 
 
 def test_an_unsupported_release(site, capsys):
-    install(site, "vllm", "0.24.0")
+    install(site, "vllm", "0.17.1")
     install(site, "dflash-plugin", "0.1.0", entry_points=DFLASH_ENTRY)
     code, checks = report(capsys)
     assert code == 22
-    assert checks["vllm support"]["remedy"] == "use vLLM 0.25.0 to 0.33.0"
+    assert checks["vllm support"]["remedy"] == f"use vLLM {support._oldest_usable()} to 0.33.0"
 
 
 def test_a_source_tree_without_entry_points(site, capsys):

@@ -99,7 +99,7 @@ def test_a_shim_that_knows_the_published_proposer_comes_before_those_that_change
 
 
 OLD = {"draft-windows", "draft-scaling"}
-OLD_CPU = {"cpu-packed-qkv", "cpu-dflash-inputs"}
+OLD_CPU = {"cpu-expand", "cpu-packed-qkv", "cpu-dflash-inputs"}
 TAPS, EARLY, SAMPLER = (
     {"tap-offset"},
     {"draft-lookahead", "draft-context-end"},
