@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_HELD: list[Any] = []  # a tokenizer: not used, but whoever generates has one in memory
 Generate = Callable[[list[int], int], tuple[list[int], float | None]]
 
 
@@ -76,8 +77,9 @@ def _ours(args: argparse.Namespace) -> tuple[Any, Generate]:
 
 def _transformers(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _HELD.append(AutoTokenizer.from_pretrained(args.target))
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     return torch, AutoModelForCausalLM.from_pretrained(args.target, dtype=dtype).eval()

@@ -199,7 +199,7 @@ def _step(state: _State, live: list[Row], sampler: Sampler, k: int) -> list[Step
     accepted, own = sampler.verify(drafted, drawn_from, sampler.processed(output.logits, texts, k))
     kept = [count + 1 for count in accepted]
     target.rewind(undo, kept)
-    draft.append(context, places, output.taps)
+    draft.append(context, places, output.taps[:, : max(kept)])
     for place, count in zip(places, kept, strict=True):
         context.lengths[place] += count
     return [
