@@ -249,7 +249,7 @@ def test_no_engine(site, pair, capsys):
 
 
 def test_an_unsupported_engine(site, pair, capsys):
-    install(site, "vllm", "0.24.0")
+    install(site, "vllm", "0.17.1")
     assert "refused" in fails(capsys, 22, *pair)
 
 
