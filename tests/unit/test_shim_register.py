@@ -419,7 +419,7 @@ def test_without_dflash_the_cpu_runner_is_the_published_one(runner):
 
 def test_torch_kernels_go_where_triton_ones_are_looked_for(monkeypatch):
     pytest.importorskip("torch")
-    from dflash_plugin.shims import vllm_cpu_kernels as kernels
+    from dflash_plugin.shims import vllm_torch_kernels as kernels
 
     sampler = ModuleType("vllm.v1.sample.rejection_sampler")
     proposers = ModuleType("vllm.v1.spec_decode.eagle")
