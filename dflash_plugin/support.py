@@ -298,6 +298,11 @@ def decide(engine: str, version: str, platform: str) -> Support:
     row = next((r for r in _VLLM if Version(r.first) <= base <= Version(r.last)), _BETWEEN)
     if row.level is Level.REFUSED:
         return refused(row.reason, known_good)
+    if row.level is Level.REGISTERED and platform in ("rocm", "xpu"):
+        return refused(
+            "the release has no dflash method, and the plugin's own is for CPUs and CUDA",
+            f"use vLLM {_oldest_native()} to {newest}",
+        )
     bridged = [
         d
         for d in _VLLM_DIFFERENCES
@@ -310,6 +315,10 @@ def decide(engine: str, version: str, platform: str) -> Support:
         reason = f"{row.reason}, {verb}: {'; '.join(dict.fromkeys(d.what for d in bridged))}"
     names = tuple(dict.fromkeys(d.shim for d in bridged))
     return Support(engine, version, platform, level, reason, row.limits, shims=names)
+
+
+def _oldest_native() -> str:
+    return next(row.first for row in _VLLM if row.level is Level.NATIVE)
 
 
 def _oldest_usable() -> str:

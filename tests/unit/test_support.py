@@ -41,6 +41,8 @@ NAMED = sorted({row.shim for row in support._VLLM_DIFFERENCES})
         ("0.18.0", "unknown", REGISTERED),
         ("0.17.1", "cpu", REFUSED),
         ("0.17.1", "cuda", REFUSED),
+        ("0.19.1", "rocm", REFUSED),
+        ("0.18.1", "xpu", REFUSED),
         ("0.24.0", "cpu", SHIM),
         ("0.24.0", "cuda", SHIM),
         ("0.22.0", "cuda", SHIM),
