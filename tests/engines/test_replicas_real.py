@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,8 +29,17 @@ from dflash_plugin.reference.replay import replay  # noqa: E402
 from dflash_plugin.reference.target import HFTarget  # noqa: E402
 
 NEW_TOKENS = 48
-NAMES = list(replica_specs.load().pairs)
-WINDOWED = [n for n in NAMES if "sliding_window" in replica_specs.load().pair(n).draft]
+# The hybrid has no cache to rewind in the reference: minutes, and only where it is asked for.
+NAMES = [
+    n
+    for n in list(replica_specs.load().pairs)
+    if n != "tiny-qwen35" or "DFLASH_TEST_HYBRID" in os.environ
+]
+WINDOWED = [
+    n
+    for n in [n for n in NAMES if "sliding_window" in replica_specs.load().pair(n).draft]
+    if n in NAMES
+]
 
 
 @dataclass
