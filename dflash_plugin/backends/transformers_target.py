@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PairMismatchError, UsageError
+from ..reference.target import eos_token_ids
 from .transformers_cache import LINEAR, SLIDING, TargetCache, _part, _together, layer_kinds
 
 
@@ -84,11 +85,7 @@ class Target:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """From ``generation_config.json``, else ``config.json``; either may list several."""
-        for source in (getattr(self.model, "generation_config", None), self.config):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-        return frozenset()
+        return eos_token_ids(self.model, self.config)
 
     def cache(self, rows: int) -> TargetCache:
         """State of ``rows`` empty sequences."""

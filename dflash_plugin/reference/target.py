@@ -148,11 +148,7 @@ class HFTarget:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """From ``generation_config.json``, else ``config.json``; either may list several."""
-        for source in (getattr(self.model, "generation_config", None), self.config):
-            ids = getattr(source, "eos_token_id", None)
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-        return frozenset()
+        return eos_token_ids(self.model, self.config)
 
     def session(self) -> HFSession:
         """Start an empty sequence."""
@@ -236,6 +232,15 @@ def prefill(
     """Append a long text chunk by chunk, yielding each chunk's offset and output."""
     for start in range(0, len(tokens), chunk):
         yield start, session.forward(tokens[start : start + chunk], rows=rows)
+
+
+def eos_token_ids(model: Any, config: Any) -> frozenset[int]:
+    """The end tokens of a Transformers model; ``config`` is its text config."""
+    for source in (getattr(model, "generation_config", None), config):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
 
 
 def _full_cache() -> Any:

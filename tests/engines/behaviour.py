@@ -104,12 +104,6 @@ def post(client: ServerClient, body: dict[str, Any], *, model: str | None = None
     return choices[0] if body.get("n", 1) == 1 else {"choices": choices}
 
 
-def refused(client: ServerClient, body: dict[str, Any]) -> int:
-    """The status code of a request that may be refused."""
-    body = {"model": client.model, "temperature": 0.0, **body}
-    return requests.post(client.base_url + "/v1/completions", json=body, timeout=300).status_code
-
-
 def metric(client: ServerClient, name: str) -> float:
     """The sum of one Prometheus sample over its labels."""
     found = [value for key, _, value in client.metrics() if key == name]
