@@ -6,6 +6,7 @@ the files of an engine.
 """
 
 from .actions import Status, apply, check, revert, status
+from .exchange import Imported, export_set, import_set
 from .format import FIELDS, FilePatch, Hunk, Patch, parse, reverse
 from .series import PatchSet, available, load, patches_dir
 from .text import apply_text, blob_id
@@ -15,6 +16,7 @@ __all__ = [
     "FIELDS",
     "FilePatch",
     "Hunk",
+    "Imported",
     "Patch",
     "PatchSet",
     "Status",
@@ -24,7 +26,9 @@ __all__ = [
     "available",
     "blob_id",
     "check",
+    "export_set",
     "git_tree",
+    "import_set",
     "load",
     "parse",
     "patches_dir",

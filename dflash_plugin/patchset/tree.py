@@ -205,8 +205,7 @@ def git(
             input=data,
             capture_output=True,
             check=False,
-            # Its messages are read below; its own settings do not change what is written.
-            env={**os.environ, "LC_ALL": "C", "GIT_CONFIG_NOSYSTEM": "1", **(env or {})},
+            env={**os.environ, "LC_ALL": "C", **(env or {})},  # its messages are read below
         )
     except OSError as err:
         raise EngineNotFoundError(f"git cannot be run: {err}", hint="install git") from err

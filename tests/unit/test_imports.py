@@ -48,7 +48,8 @@ LAYERS = {
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables; the console shows what
-# `local` generates; a patch set is for an engine's files, whose names are known there.
+# `local` generates; a patch set is for an engine's files, whose names are known there, and is
+# written as what is in the cache.
 SIDEWAYS = {
     ("pair", "config_file"),
     ("pair", "checkpoint"),
@@ -56,6 +57,7 @@ SIDEWAYS = {
     ("draft_math", "pair"),
     ("console", "local"),
     ("patchset", "engines"),
+    ("patchset", "cache"),
 }
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}
