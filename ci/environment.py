@@ -90,6 +90,15 @@ def ensure_engine(
     return Environment("venv", built.python, engine.id, plugin, built.packages, built.path)
 
 
+def built_engine(engine: Engine, platform: str, root: Path | None = None) -> Built | None:
+    """The engine's layer as published, if it is in the cache; builds nothing."""
+    try:
+        chain = _engine_layers(engine, _build(engine, platform), layers.inspect(None))
+    except EnvironmentBuildError:  # not for this Python, or a platform that is not built here
+        return None
+    return layers.complete(root or env_root(), [layer.name for layer in chain])
+
+
 def ensure_reference(*, root: Path | None = None, python: Path | None = None) -> Environment:
     """The environment of ``python -m dflash_plugin.reference``: torch and transformers.
 
