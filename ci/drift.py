@@ -33,7 +33,7 @@ class Row:
     """One patch on one newer release.
 
     ``hunk``: the first that does not apply as it stands, and how. ``sources``: what the shim
-    does not know there. ``suggestion``: empty where nothing is to be done.
+    does not know there. ``work``: nobody has done yet what the suggestion says.
     """
 
     patch: str
@@ -42,6 +42,7 @@ class Row:
     status: str
     hunk: str
     sources: tuple[str, ...]
+    work: bool
     suggestion: str
 
 
@@ -67,7 +68,7 @@ def run(chosen: Sequence[tuple[str, str]], *, to: str | None, as_json: bool) -> 
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
         print(*table(rows), sep="\n")
-    open_rows = [row for row in rows if row.suggestion]
+    open_rows = [row for row in rows if row.work]
     if open_rows:
         raise VerdictFailedError(
             f"{len(open_rows)} of {len(rows)} patches want a person", hint="see the suggestions"
@@ -99,7 +100,7 @@ def report(patches: Sequence[Patch], tree: Tree, name: str) -> list[Row]:
             status = UPSTREAMED
         rows.append(
             Row(patch.name, name, tree.version, status, hunk, () if needed is False else unknown,
-                _suggestion(patch, tree, status, unknown, needed))
+                *_suggestion(patch, tree, status, unknown, needed))
         )  # fmt: skip
     return rows
 
@@ -166,19 +167,20 @@ def _needed(patch: Patch, version: str) -> bool | None:
 
 def _suggestion(
     patch: Patch, tree: Tree, status: str, unknown: Sequence[str], needed: bool | None
-) -> str:
+) -> tuple[bool, str]:
+    """Whether a person is needed, and what for; or what was done for that release already."""
     if needed is False:
-        return ""  # its release has a set of its own, without this patch
+        return False, f"remove it: support.py has no such difference in {tree.version}"
     if status == UPSTREAMED:
-        return f"the change is in {tree.version}: end the shim's range in support.py before it"
+        return True, f"remove it: end the shim's range in support.py before {tree.version}"
     if unknown:
-        return (
+        return True, (
             f"read what changed, then give shim {', '.join(patch.replaces_shims)} the new "
             "fingerprint, or end its range in support.py"
         )
     if needed is None:
-        return f"add {tree.version} to support.py, the matrix and repairs.toml, then --write"
-    return ""  # its release has a set of its own, with this patch at its own lines
+        return True, f"list {tree.version} in support.py and repairs.toml, then --write"
+    return False, "keep it: the shim knows these sources; --write finds the new lines"
 
 
 def _newer(version: str, to: str | None) -> Tree | None:
@@ -192,6 +194,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         lines.append(f"{row.set:14} -> {row.release:8} {row.patch:{width}}  {row.status}")
-        if row.status == CONFLICTS or row.suggestion:
-            lines += [f"    {line}" for line in (row.hunk, *row.sources, row.suggestion) if line]
+        if row.status == CONFLICTS or row.work:
+            lines += [f"    {line}" for line in (row.hunk, *row.sources) if line]
+        if row.status != APPLIES or row.work:
+            lines.append(f"    {row.suggestion}")
     return lines
