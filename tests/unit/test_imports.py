@@ -48,13 +48,14 @@ LAYERS = {
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables; the console shows what
-# `local` generates.
+# `local` generates; a patch set is for an engine's files, whose names are known there.
 SIDEWAYS = {
     ("pair", "config_file"),
     ("pair", "checkpoint"),
     ("matrix", "toml_table"),
     ("draft_math", "pair"),
     ("console", "local"),
+    ("patchset", "engines"),
 }
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}
