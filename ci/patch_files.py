@@ -91,13 +91,13 @@ class Repairs:
                     yield version, variant, repairs
 
 
-def read(root: Path = ROOT) -> Repairs:
+def read(root: Path | None = None) -> Repairs:
     """``<root>/vllm/repairs.toml``.
 
     Raises:
         MatrixError: it breaks its form, or does not have each shim once.
     """
-    path = root / "vllm" / "repairs.toml"
+    path = (root or ROOT) / "vllm" / "repairs.toml"
     top = Table(path, "top level", read_toml(path))
     releases, updated = top.strings("releases"), top.take("updated", date)
     found: dict[str, Repair] = {}

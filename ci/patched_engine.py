@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Collection
 from functools import partial
 from importlib.metadata import Distribution
@@ -48,8 +47,7 @@ def _install(below: Path, distribution: str, patches: PatchSet, pip: Pip) -> Non
     assert built is not None, "layers are built from below"
     own = pip.python.parents[1] / built.site.relative_to(below)
     copy_engine(built.site, own, patches.engine, distribution, patches.paths)
-    command = [sys.executable, "-m", "dflash_plugin.cli", "patch", "apply", patches.variant]
-    pip.call([*command, "--target", str(own)])
+    patchset.apply(patchset.site_tree(own, patches.engine), patches)
 
 
 def copy_engine(
