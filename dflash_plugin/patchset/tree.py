@@ -24,9 +24,12 @@ Contents = Mapping[str, tuple[bytes | None, bytes | None]]
 class Tree(Protocol):
     """An engine's files below ``root``; ``prefix`` comes before a patch's paths."""
 
-    root: Path
-    engine: str
-    prefix: str
+    @property
+    def root(self) -> Path: ...
+    @property
+    def engine(self) -> str: ...
+    @property
+    def prefix(self) -> str: ...
 
     def version(self) -> str | None:
         """As the metadata says; None: nothing says."""
