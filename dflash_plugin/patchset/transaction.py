@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..engines import PATCH_STAGING as STAGING
 from ..errors import PatchBusyError, PatchStateError, PatchTargetError
 
-STAGING = ".dflash-plugin-patch"
 _FORWARD, _UNDO = "journal.json", "journal-undo.json"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 
