@@ -28,7 +28,7 @@ def register() -> None:
         if engine is None:
             log.warning("dflash-plugin: no vLLM distribution found; nothing done")
             return
-        decision = support.decide("vllm", engine.version, engine.platform)
+        decision = support.decide_for(engine)
         _announce(log, decision.line())
         if decision.shims:
             from . import shims

@@ -10,11 +10,13 @@ from .exchange import Imported, export_set, import_set
 from .format import FIELDS, FilePatch, Hunk, Patch, parse, reverse
 from .series import PatchSet, available, load, patches_dir
 from .text import apply_text, blob_id
-from .tree import Tree, git_tree, site_tree
+from .transaction import interrupted
+from .tree import GitTree, Tree, git_tree, site_tree
 
 __all__ = [
     "FIELDS",
     "FilePatch",
+    "GitTree",
     "Hunk",
     "Imported",
     "Patch",
@@ -29,6 +31,7 @@ __all__ = [
     "export_set",
     "git_tree",
     "import_set",
+    "interrupted",
     "load",
     "parse",
     "patches_dir",

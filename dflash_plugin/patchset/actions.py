@@ -180,6 +180,12 @@ def _apply_plan(tree: Tree, patch_set: PatchSet) -> Contents:
             f"{tree.root}: {tree.engine} is {version}, and the patches are for {patch_set.version}",
             hint="dflash-plugin patch list",
         )
+    unsuited = tree.suits(patch_set.variant)
+    if unsuited:
+        raise PatchVersionError(
+            f"{tree.root}: {unsuited}, and the patch set `{patch_set.variant}` is for nothing else",
+            hint="dflash-plugin patch list",
+        )
     paths = [tree.prefix + path for path in patch_set.paths]
     check_access(tree.root, paths)
     try:
@@ -187,7 +193,7 @@ def _apply_plan(tree: Tree, patch_set: PatchSet) -> Contents:
     except PatchConflictError as err:
         if tree.edited([tree.prefix + err.path]):
             raise PatchStateError(
-                f"{err.path} is not as it was published, someone has edited it: {err.message}",
+                f"{err.path} is not as it was published: {err.message}",
                 hint=err.hint,
             ) from err
         raise

@@ -91,6 +91,11 @@ def patched_version(base: str, variant: str) -> str:
     return f"{base}{'.' if '+' in base else '+'}dflash.{variant}"
 
 
+def is_cpu(info: DistInfo) -> bool:
+    """Whether it is a CPU build, as its name and version say."""
+    return info.distribution.endswith("-cpu") or "cpu" in info.version.partition("+")[2]
+
+
 def set_version(metadata: bytes, version: str) -> bytes:
     """``METADATA`` with another version."""
     head = _head(metadata)

@@ -15,7 +15,6 @@ SERIES = "series"
 NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*\.patch")
 VARIANT = re.compile(r"[a-z][a-z0-9]*")
 """It becomes a part of the version's local label, where `-` and `_` are not kept."""
-ENGINES = ("vllm", "sglang")
 
 
 @dataclass(frozen=True)

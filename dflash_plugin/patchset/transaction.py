@@ -1,10 +1,11 @@
 """Several files of a tree changed as one: old or new, whatever happens in between.
 
-Old and new contents are first written into a folder of their own in the tree, then a journal
-that names them; from there on every step is one rename or removal that can be repeated. A
-process which fails undoes what it did. What a killed one left is finished, or undone, by the
-next command (:func:`recover`): the journal's name says which, because a rename needs no room
-on a full disk.
+The new files are first written into a folder of their own in the tree, beside links to the old
+ones, then a journal that names them; from there on every step is one rename or removal that can
+be repeated. Files are replaced, never written into: who else has a link to one keeps the old. A
+process which fails undoes what it did. What a killed one left is finished, or undone, by the next
+command (:func:`recover`): the journal's name says which, because a rename needs no room on a full
+disk.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from ..errors import PatchBusyError, PatchStateError, PatchTargetError
 
 STAGING = ".dflash-plugin-patch"
 _FORWARD, _UNDO = "journal.json", "journal-undo.json"
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.ENOSYS)
 
 
 class Files:
@@ -41,6 +44,15 @@ class Files:
             file.flush()
             os.fchmod(fd, mode)
             os.fsync(fd)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Another name for a file; a copy where that cannot be."""
+        try:
+            os.link(source, target)
+        except OSError as err:
+            if err.errno not in _NO_LINKS:
+                raise
+            self.write(target, source.read_bytes(), stat.S_IMODE(source.stat().st_mode))
 
     def rename(self, source: Path, target: Path) -> None:
         """Move a file onto another in one step."""
@@ -65,12 +77,19 @@ class Files:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one file. ``path``: below the root; ``old``, ``new``: None: no such file."""
+    """What becomes of one file.
+
+    Attributes:
+        path: below the root.
+        old, new: the contents; None: no such file.
+        source: the path of a file that has the new content already; None: none has.
+    """
 
     path: str
     old: bytes | None
     new: bytes | None
     mode: int = 0o644
+    source: str | None = None
 
 
 @contextmanager
@@ -182,9 +201,13 @@ class _Journal:
     def stage(self, changes: Sequence[Change]) -> None:
         self.files.mkdir(self.staging)
         for number, change in enumerate(changes):
-            for side, data in (("old", change.old), ("new", change.new)):
-                if data is not None:
-                    self.files.write(self._staged(side, number), data, change.mode)
+            staged = self._staged("new", number)
+            if change.old is not None and change.new is not None:
+                self.files.link(self.root / change.path, self._staged("old", number))
+            if change.source is not None:
+                self.files.link(self.root / change.source, staged)
+            elif change.new is not None:
+                self.files.write(staged, change.new, change.mode)
         raw = {"changes": [vars(entry) for entry in self.entries]}
         self.files.write(self.staging / "journal.tmp", json.dumps(raw).encode(), 0o644)
         self.files.sync(self.staging)
@@ -216,7 +239,12 @@ class _Journal:
 
     def forward(self) -> None:
         for number, entry in enumerate(self.entries):
-            self._put(entry.path, self._staged("new", number), entry.new)
+            target = self.root / entry.path
+            if entry.new is not None:
+                self._put(self._staged("new", number), target)
+            elif target.exists():
+                self.files.rename(target, self._staged("old", number))
+            self._forget_code(target)
         self._settle(_FORWARD)
 
     def undo(self) -> None:
@@ -225,19 +253,23 @@ class _Journal:
         elif not (self.staging / _UNDO).exists():
             return  # it had not begun
         for number, entry in reversed(list(enumerate(self.entries))):
-            self._put(entry.path, self._staged("old", number), entry.old)
+            target = self.root / entry.path
+            if entry.old is not None:
+                self._put(self._staged("old", number), target)
+            elif target.exists():
+                self.files.unlink(target)
+            self._forget_code(target)
         self._settle(_UNDO)
 
-    def _put(self, path: str, staged: Path, content: str | None) -> None:
-        target = self.root / path
-        if content is None:
-            if target.exists():
-                self.files.unlink(target)
-        elif staged.exists():
-            for folder in reversed(target.relative_to(self.root).parents[:-1]):
-                if not (self.root / folder).is_dir():
-                    self.files.mkdir(self.root / folder)
-            self.files.rename(staged, target)
+    def _put(self, staged: Path, target: Path) -> None:
+        if not staged.exists():  # it is in place
+            return
+        for folder in reversed(target.relative_to(self.root).parents[:-1]):
+            if not (self.root / folder).is_dir():
+                self.files.mkdir(self.root / folder)
+        self.files.rename(staged, target)
+
+    def _forget_code(self, target: Path) -> None:
         if target.suffix == ".py":
             for cached in target.parent.glob(f"__pycache__/{glob.escape(target.stem)}.*.pyc"):
                 self.files.unlink(cached)

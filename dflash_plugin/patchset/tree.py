@@ -37,6 +37,9 @@ class Tree(Protocol):
     def state(self) -> State | None:
         """What was done to it by this tool."""
 
+    def suits(self, variant: str) -> str | None:
+        """Why a variant cannot be applied to this build; None: it can."""
+
     def edited(self, paths: Iterable[str]) -> list[str]:
         """Those of the paths that are not as they were published."""
 
@@ -72,6 +75,13 @@ class SiteTree:
                 hint="reinstall the engine",
             )
         return found
+
+    def suits(self, variant: str) -> str | None:
+        """`cpu` is for CPU builds: vLLM takes any version with these letters for one."""
+        info = self._info()
+        if variant != "cpu" or distinfo.is_cpu(info):
+            return None
+        return f"{info.distribution} {info.version} is not a CPU build"
 
     def edited(self, paths: Iterable[str]) -> list[str]:
         """Those which are not what RECORD says; a file it does not list must not be there."""
@@ -148,6 +158,10 @@ class GitTree:
     def state(self) -> State | None:
         """The file in the `.git` folder."""
         return read_state(self.root / self.state_path)
+
+    def suits(self, variant: str) -> str | None:
+        """A checkout can be built for anything."""
+        return None
 
     def edited(self, paths: Iterable[str]) -> list[str]:
         """Those which are not as in HEAD."""
@@ -284,9 +298,11 @@ def _changes(root: Path, contents: Contents) -> list[Change]:
 
 def _moved(root: Path, old: Mapping[str, bytes], new: Mapping[str, bytes]) -> list[Change]:
     """A dist-info under a new name, file by file: some file systems cannot rename a folder."""
-    modes = {path.partition("/")[2]: _mode(root / path) for path in old}
-    added = [
-        Change(path, None, data, modes.get(path.partition("/")[2], 0o644))
-        for path, data in sorted(new.items())
-    ]
-    return [*added, *(Change(p, data, None, _mode(root / p)) for p, data in sorted(old.items()))]
+    before = {path.partition("/")[2]: path for path in old}
+    changes = []
+    for path, data in sorted(new.items()):
+        was = before.get(path.partition("/")[2])
+        same = was is not None and old[was] == data
+        mode = _mode(root / was) if was else 0o644
+        changes.append(Change(path, None, data, mode, was if same else None))
+    return [*changes, *(Change(path, data, None) for path, data in sorted(old.items()))]

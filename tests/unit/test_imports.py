@@ -42,6 +42,7 @@ LAYERS = {
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,
+    "patch_cli": 4,
     "training": 4,
     "bench": 4,
     "cli": 5,

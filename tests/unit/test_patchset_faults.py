@@ -20,8 +20,6 @@ from dflash_plugin import patchset
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.patchset.transaction import STAGING, Files
 
-OPERATIONS = ("mkdir", "write", "rename", "unlink", "rmdir", "sync")
-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
@@ -51,7 +49,7 @@ class Faulty(Files):
         if self.kind == "fail" and self.count == self.fault:
             partial()
             raise OSError(errno.EIO, "Input/output error")
-        if self.kind == "full" and self.count >= self.fault and name in ("mkdir", "write"):
+        if self.kind == "full" and self.count >= self.fault and name in ("mkdir", "write", "link"):
             partial()
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -62,6 +60,10 @@ class Faulty(Files):
     def write(self, path: Path, data: bytes, mode: int) -> None:
         self._step("write", lambda: path.write_bytes(data[: len(data) // 2]) and None)
         super().write(path, data, mode)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._step("link")
+        super().link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
         self._step("rename")
