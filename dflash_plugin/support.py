@@ -338,7 +338,7 @@ def decide(
         parts += [f"patched ({variant})" + _what([d for d in needed if d.shim in replaced])]
     if bridged:
         level = Level.SHIM if level is Level.NATIVE else level
-        verb = "added" if level is Level.REGISTERED else "repaired"
+        verb = "added" if row.level is Level.REGISTERED else "repaired"
         parts += [verb + _what(bridged)]
     reason = ", ".join(parts) if len(parts) > 1 else f"{row.reason} is used unchanged"
     names = tuple(dict.fromkeys(d.shim for d in bridged))

@@ -10,12 +10,13 @@ from .exchange import Imported, export_set, import_set
 from .format import FIELDS, FilePatch, Hunk, Patch, parse, reverse
 from .series import PatchSet, available, load, patches_dir
 from .text import apply_text, blob_id
-from .transaction import interrupted
+from .transaction import Files, interrupted
 from .tree import GitTree, Tree, git_tree, site_tree
 
 __all__ = [
     "FIELDS",
     "FilePatch",
+    "Files",
     "GitTree",
     "Hunk",
     "Imported",

@@ -172,7 +172,8 @@ def _lines(record: bytes) -> list[str]:
 
 
 def _path(line: str) -> str:
-    return next(csv.reader([line.rstrip("\r\n")]), [""])[0]
+    row = next(csv.reader([line.rstrip("\r\n")]), [])
+    return row[0] if row else ""
 
 
 def _moved(line: str, old: str, new: str) -> str:

@@ -6,6 +6,9 @@ import errno
 import functools
 import itertools
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +22,8 @@ from patch_trees import ENGINE, PATCHED, snapshot, unpack, write_set
 from dflash_plugin import patchset
 from dflash_plugin.errors import DFlashError
 from dflash_plugin.patchset.transaction import STAGING, Files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +203,67 @@ def test_random_trees_and_patches_are_never_left_half_patched(steps, kind, fault
         if snapshot(tree.root) == new:
             patchset.revert(tree)
         assert snapshot(tree.root) == old
+
+
+@pytest.mark.parametrize("step", [3, 12, 20, 25])
+def test_a_process_that_is_really_killed(step):
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom dflash_plugin import patchset\n"
+        "class Dies(patchset.Files):\n    left = int(sys.argv[3])\n"
+        "    def __getattribute__(self, name):\n"
+        "        if name in ('mkdir', 'write', 'link', 'rename', 'unlink', 'rmdir', 'sync'):\n"
+        "            Dies.left -= 1\n"
+        "            if not Dies.left:\n                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return object.__getattribute__(self, name)\n"
+        "tree = patchset.site_tree(Path(sys.argv[1]), 'vllm')\n"
+        "patchset.apply(tree, patchset.load(Path(sys.argv[2]), 'vllm', '0.24.0', 'swa'), Dies())"
+    )
+    with engine([ENGINE, PATCHED]) as (tree, patches):
+        old = snapshot(tree.root)
+        command = [sys.executable, "-c", program, tree.root, tree.root.parent / "patches", step]
+        done = subprocess.run([*map(str, command)], cwd=ROOT, check=False)
+        assert done.returncode == -signal.SIGKILL
+        now = settled(tree)
+        if now != old:
+            assert patchset.revert(tree).variant == "swa"
+        assert snapshot(tree.root) == old
+        patchset.apply(tree, patches)
+
+
+def test_what_must_be_on_the_disk_first():
+    """After a power cut the disk has what was synced, and perhaps what came after."""
+    trace: list[tuple[str, str]] = []
+
+    class Traced(Files):
+        def write(self, path: Path, data: bytes, mode: int) -> None:
+            trace.append(("write", path.name))
+            super().write(path, data, mode)
+
+        def rename(self, source: Path, target: Path) -> None:
+            trace.append(("rename", str(target)))
+            super().rename(source, target)
+
+        def unlink(self, path: Path) -> None:
+            trace.append(("unlink", path.name))
+            super().unlink(path)
+
+        def sync(self, folder: Path) -> None:
+            trace.append(("sync", str(folder)))
+            super().sync(folder)
+
+    with engine([ENGINE, PATCHED]) as (tree, patches):
+        patchset.apply(tree, patches, Traced())
+        staging = tree.root / STAGING
+        journal = staging / "journal.json"
+        begins, ends = trace.index(("rename", str(journal))), trace.index(("unlink", journal.name))
+        # The new files, then the journal, then the changes, then the journal goes.
+        last = max(i for i, (what, _) in enumerate(trace) if what == "write")
+        assert ("sync", str(staging)) in trace[last:begins]
+        moved = [
+            i for i, (what, _) in enumerate(trace[begins + 1 :], begins + 1) if what == "rename"
+        ]
+        assert ("sync", str(staging)) in trace[begins : moved[0]]
+        assert ("sync", str(tree.root)) in trace[begins : moved[0]]
+        folders = {str(Path(trace[i][1]).parent) for i in moved}
+        synced = {where for what, where in trace[moved[-1] : ends] if what == "sync"}
+        assert folders - {str(staging)} <= synced
