@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 import time
@@ -141,6 +142,8 @@ def _run(args: argparse.Namespace) -> int:
     results: list[CellResult] = []
     error: DFlashError | None = None
     named = {engine_id for engine_id, _ in made.overrides.env_python}
+    if not args.resume:
+        shutil.rmtree(args.out / pipeline.SHARED, ignore_errors=True)
     for cell in made.cells:
         try:
             if cell.not_run and cell.engine.id not in named:

@@ -18,7 +18,7 @@ from dflash_plugin.patchset import FilePatch, Hunk, Patch
 from dflash_plugin.shims import sources
 
 from . import patch_files
-from .engine_sources import VARIABLE, Tree, trees
+from .engine_sources import Tree, trees
 
 APPLIES, ELSEWHERE, UPSTREAMED, CONFLICTS = (
     "applies",
@@ -62,7 +62,7 @@ def run(chosen: Sequence[tuple[str, str]], *, to: str | None, as_json: bool) -> 
     if not rows:
         raise UsageError(
             "no newer release is at hand, so nothing was compared",
-            hint=f"{VARIABLE} names a folder of unpacked wheels, <distribution>-<version>/vllm/…",
+            hint="python -m ci patches --drift --fetch --to VERSION gets those of a release",
         )
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=1))

@@ -18,7 +18,6 @@ from dflash_plugin.errors import EnvironmentBuildError
 from dflash_plugin.matrix import Engine
 from dflash_plugin.patchset import PatchSet
 
-from . import patch_files
 from .installer import Pip
 from .layers import Layer, read
 
@@ -34,7 +33,7 @@ def layer(root: Path, below: Layer, engine: Engine, platform: str, variant: str)
         PatchVersionError: there is no such set for this release.
         PatchError: it is malformed.
     """
-    patches = patchset.load(patch_files.ROOT, engine.name, engine.version, variant)
+    patches = patchset.load(patchset.patches_dir(), engine.name, engine.version, variant)
     distribution = engine.builds[platform].distribution
     key = hashlib.sha256(f"{below.name}\n{patches.sha256}".encode()).hexdigest()[:10]
     name = f"{engine.id}-{platform}-patched-{variant}-{key}"

@@ -15,8 +15,8 @@ from dflash_plugin import patchset, shims, support
 from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
 from dflash_plugin.patchset import PatchSet
 
-from . import drift, patch_files
-from .engine_sources import VARIABLE, Tree, trees
+from . import drift, engine_sources, patch_files
+from .engine_sources import Tree, trees
 from .records import FAILED, NOT_RUN, PASSED
 
 CHECKS = ("written", "applies", "compiles", "imports", "reverts")
@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drift", action="store_true", help="how the patches fare on newer releases"
     )
     parser.add_argument("--to", metavar="VERSION", help="with --drift: on this release")
+    parser.add_argument(
+        "--fetch", action="store_true", help="first get the sources that cannot be built here"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -68,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         if engine == args.engine and args.version in (None, version)
         and args.variant in (None, variant)
     ]  # fmt: skip
+    if args.fetch:
+        engine_sources.fetch(args.to)
     if args.write:
         return _write(args)
     if not chosen:
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     if not any(PASSED in row.checks.values() for row in rows):
         raise UsageError(
             "no sources of these releases are at hand, so nothing was checked",
-            hint=f"python -m ci env ENGINE_ID builds a release; {VARIABLE} names unpacked wheels",
+            hint="python -m ci env ENGINE_ID builds a release, --fetch gets what cannot be built",
         )
     return 0
 
@@ -224,7 +229,7 @@ def _write(args: argparse.Namespace) -> int:
             continue
         here = trees(version)
         if not here:
-            print(f"{version}/{variant}: not written: no sources at hand ({VARIABLE})")
+            print(f"{version}/{variant}: not written: no sources at hand (--fetch)")
             continue
         changed = patch_files.write(here[0], version, variant, wanted, patch_files.ROOT)
         print(f"{version}/{variant}: {'written' if changed else 'unchanged'}, from {here[0].id}")

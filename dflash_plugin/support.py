@@ -242,6 +242,13 @@ _VLLM_DIFFERENCES = (
         "drafts are not given their Gemma target's embedding scale and soft cap",
     ),
     Difference(
+        "draft-lora",
+        "0.20.0",
+        "0.33.0",
+        None,
+        "with LoRA on, drafts embed through their target's adapters, and die",
+    ),
+    Difference(
         "draft-sampling",
         "0.28.0",
         "0.33.0",

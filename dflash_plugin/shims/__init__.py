@@ -44,6 +44,7 @@ NAMES: Mapping[str, str] = {
     "draft-scaling": "vllm_draft_scaling",
     "cpu-expand": "vllm_cpu_expand",
     "cpu-kernels": "vllm_cpu_kernels",
+    "draft-lora": "vllm_draft_lora",
     "draft-sampling": "vllm_draft_sampling",
     "draft-scale": "vllm_draft_scale",
     "mixed-swa": "vllm_mixed_swa",

@@ -14,6 +14,7 @@ from dflash_plugin.shims import (
     vllm_cpu_taps,
     vllm_draft_context_end,
     vllm_draft_lookahead,
+    vllm_draft_lora,
     vllm_draft_scaling,
     vllm_tap_offset,
 )
@@ -33,6 +34,25 @@ def speculative(method="dflash", **hf):
         num_speculative_tokens=K,
         draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**hf)),
     )
+
+
+# --- LoRA --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "expected"), [("dflash", "table"), ("eagle3", "wrapper")])
+def test_drafts_embed_without_adapters(method, expected):
+    wrapper = SimpleNamespace(name="wrapper", base_layer=SimpleNamespace(name="table"))
+
+    class SpecDecodeBaseProposer:
+        def _maybe_share_embeddings(self, target_language_model):
+            self.model.model.embed_tokens = target_language_model.model.embed_tokens
+
+    vllm_draft_lora.apply(module(SpecDecodeBaseProposer=SpecDecodeBaseProposer))
+    proposer = SpecDecodeBaseProposer()
+    proposer.method, proposer.model = method, SimpleNamespace(model=SimpleNamespace())
+    proposer._maybe_share_embeddings(SimpleNamespace(model=SimpleNamespace(embed_tokens=wrapper)))
+    assert proposer.model.model.embed_tokens.name == expected
+    assert vllm_draft_lora.unwrapped(wrapper.base_layer) is wrapper.base_layer
 
 
 # --- taps ----------------------------------------------------------------------
