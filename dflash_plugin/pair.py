@@ -9,7 +9,7 @@ i.e. Transformers' ``hidden_states[i + 1]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,22 @@ class DraftConfig:
             raw=raw,
         )
 
+    def embedding_scale(self, model_type: str) -> float:
+        """What rows of the target's embedding are multiplied by before they enter the draft.
+
+        The draft's own ``input_embedding_scale``; where it states none, what a target of
+        ``model_type`` does itself, as its drafts were trained with that.
+        """
+        nested = self.raw.get("dflash_config") or {}
+        stated = (self.raw.get("input_embedding_scale"), nested.get("input_embedding_scale"))
+        if stated != (None, None):
+            return self.input_embedding_scale
+        return target_embedding_scale(model_type, self.target_hidden_size)
+
+    def for_target(self, model_type: str) -> DraftConfig:
+        """With :meth:`embedding_scale` for that target."""
+        return replace(self, input_embedding_scale=self.embedding_scale(model_type))
+
     @property
     def max_speculative_tokens(self) -> int:
         """``num_speculative_tokens`` that uses the whole block: block size - 1."""
@@ -166,6 +182,14 @@ class DraftConfig:
                     attn + "o_proj.bias": (d,),
                 }
         return shapes
+
+
+def target_embedding_scale(model_type: str, hidden_size: int) -> float:
+    """Gemma multiplies its embeddings by the square root of its width; others do not.
+
+    Source: Transformers' ``Gemma*TextScaledWordEmbedding``; vllm-project/vllm#41703.
+    """
+    return float(hidden_size) ** 0.5 if model_type.startswith("gemma") else 1.0
 
 
 @dataclass(frozen=True)
