@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, errors
+from . import __version__, errors, patch_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-preflight", action="store_true", help="do not check the pair first")
 
     _add_generate(commands)
+    patch_cli.add_parser(commands)
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -186,7 +187,13 @@ def _pair(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"doctor": _doctor, "serve": _serve, "generate": _generate, "pair": _pair}
+_COMMANDS = {
+    "doctor": _doctor,
+    "serve": _serve,
+    "generate": _generate,
+    "patch": patch_cli.run,
+    "pair": _pair,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
