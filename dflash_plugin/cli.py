@@ -12,6 +12,8 @@ from typing import Any
 
 from . import __version__, errors
 
+_STAGES = ("prompts", "regenerate", "features", "fit", "evaluate", "export")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script; returns the exit code."""
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--no-preflight", action="store_true", help="do not check the pair first")
 
     _add_generate(commands)
+    _add_train(commands)
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -91,6 +94,18 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--base-url", default="http://127.0.0.1:8000", help="server")
     generate.add_argument("--model", help="server: the name the model is served by")
     generate.add_argument("--compare-url", help="server: the same model without a draft")
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="make a draft for a target: see docs/training.md")
+    train.add_argument("--config", required=True, metavar="FILE", help="such as examples/*.toml")
+    train.add_argument(
+        "--stage", action="append", choices=_STAGES, help="only this one (repeatable)"
+    )
+    train.add_argument("--budget", metavar="TIME", help="such as 10m: of all stages together")
+    train.add_argument("--out", metavar="DIR", help="instead of the file's `out`")
+    train.add_argument("--dry-run", action="store_true", help="check everything, do nothing")
+    train.add_argument("--upload", metavar="REPO", help="put the exported draft on the hub")
 
 
 def _positive(text: str) -> int:
@@ -186,7 +201,35 @@ def _pair(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"doctor": _doctor, "serve": _serve, "generate": _generate, "pair": _pair}
+def _train(args: argparse.Namespace) -> int:
+    try:
+        from .training.recipe import clock, config, publish
+        from .training.recipe.run import Run
+    except ImportError as err:
+        if (err.name or "").startswith("dflash_plugin"):
+            raise
+        raise errors.MissingDependencyError(
+            f"training needs the Python package {err.name}",
+            hint="pip install 'dflash-plugin[train]'",
+        ) from err
+    told = config.load(Path(args.config), Path(args.out) if args.out else None)
+    run = Run(told, clock.seconds(args.budget) if args.budget else None)
+    if args.dry_run:
+        print("\n".join(run.plan()))
+        return 0
+    run.run(args.stage or config.STAGES)
+    if args.upload:
+        print(publish.upload(told.out / "draft", args.upload))
+    return 0
+
+
+_COMMANDS = {
+    "doctor": _doctor,
+    "serve": _serve,
+    "generate": _generate,
+    "pair": _pair,
+    "train": _train,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
