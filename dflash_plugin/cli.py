@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
@@ -67,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON document")
     replace = actions.add_parser("replace-demo-draft", help="put another draft in its place")
     replace.add_argument("folder", help="folder with config.json and model.safetensors")
+    convert = actions.add_parser("convert", help="a draft of `speculators` to ours, or back")
+    convert.add_argument("source", help="folder of the draft; its config says which it is")
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument("--target", help="to speculators: the target, a hub id or a folder")
     return parser
 
 
@@ -193,6 +198,8 @@ def _pair(args: argparse.Namespace) -> int:
 
         replace_draft(Path(args.folder))
         return 0
+    if args.action == "convert":
+        return _convert(args)
     found = demo.demo_pair(wheel=Path(args.wheel) if args.wheel else None, verify=args.verify)
     if args.json:
         print(json.dumps({"target": str(found.target), "draft": str(found.draft)}))
@@ -202,9 +209,40 @@ def _pair(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    config, clock, run = (_recipe(name) for name in ("config", "clock", "run"))
+    told = config.load(Path(args.config), Path(args.out) if args.out else None)
+    work = run.Run(told, clock.seconds(args.budget) if args.budget else None)
+    if args.dry_run:
+        print("\n".join(work.plan()))
+        return 0
+    work.run(args.stage or config.STAGES)
+    if args.upload:
+        print(_recipe("publish").upload(told.out / "draft", args.upload))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from . import hub
+
+    recipe = _recipe("speculators")
+    source, out = Path(args.source), Path(args.out)
+    if recipe.is_speculators(source):
+        recipe.to_published(source, out)
+    elif args.target is None:
+        raise errors.UsageError(
+            f"{source} is a published draft; --target is missing",
+            hint="name the target: speculators' format refers to it",
+        )
+    else:
+        target = hub.local_folder(args.target) or hub.fetch(args.target, None, weights=False)
+        recipe.from_published(source, target, out, target_name=args.target)
+    return 0
+
+
+def _recipe(name: str) -> Any:
+    """A module of the training recipe, which needs torch."""
     try:
-        from .training.recipe import clock, config, publish
-        from .training.recipe.run import Run
+        return importlib.import_module(f".training.recipe.{name}", __package__)
     except ImportError as err:
         if (err.name or "").startswith("dflash_plugin"):
             raise
@@ -212,15 +250,6 @@ def _train(args: argparse.Namespace) -> int:
             f"training needs the Python package {err.name}",
             hint="pip install 'dflash-plugin[train]'",
         ) from err
-    told = config.load(Path(args.config), Path(args.out) if args.out else None)
-    run = Run(told, clock.seconds(args.budget) if args.budget else None)
-    if args.dry_run:
-        print("\n".join(run.plan()))
-        return 0
-    run.run(args.stage or config.STAGES)
-    if args.upload:
-        print(publish.upload(told.out / "draft", args.upload))
-    return 0
 
 
 _COMMANDS = {

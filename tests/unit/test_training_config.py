@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,29 @@ def test_a_clock_counts_earlier_tries():
     assert clock.over() and saved[0] >= 20.0
     assert not Clock(allowed=100.0, spent=20.0).over()
     assert not Clock().over() and Clock().left is None
+
+
+def test_the_draft_for_qwen3_8b_is_the_published_one(tmp_path):
+    """All of `--dry-run` on that example but the download of the target's config."""
+    pytest.importorskip("torch")
+    from dflash_plugin.pair import DraftConfig
+    from dflash_plugin.training.recipe import models
+
+    target = {
+        "model_type": "qwen3", "hidden_size": 4096, "num_hidden_layers": 36,
+        "intermediate_size": 12288, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000, "rope_scaling": None,
+        "bos_token_id": 151643, "eos_token_id": 151645,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(target))
+    told = config.load(next(path for path in EXAMPLES if path.name == "qwen3-8b.toml"))
+    ours = models.draft_config(told, tmp_path)
+    path = Path(__file__).parents[1] / "data" / "published_configs.json"
+    published = DraftConfig.from_dict(json.loads(path.read_text())["qwen3-8b-dflash"], path)
+    for one in fields(DraftConfig):
+        if one.name not in ("source", "raw", "rope"):
+            assert getattr(ours, one.name) == getattr(published, one.name), one.name
+    assert ours.rope["rope_theta"] == published.rope["rope_theta"]
+    assert models.describe(ours)["parameters"] == 1_048_626_432
+    assert ours.target_layer_ids == models.default_taps(36)

@@ -80,7 +80,7 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_made_again(tmp_path, targe
     with pytest.raises(CheckpointError, match=r"shard-00001.*not readable"):
         store.Stored(told, source.texts, folder, "key")
     build(told)
-    assert "shard-00001" in capsys.readouterr().out
+    assert "shard-00001" in capsys.readouterr().err
     for path, (data, time) in before.items():
         assert path.read_bytes() == data
         assert (path.stat().st_mtime_ns == time) == (path not in (shards[1], shards[3]))
@@ -136,8 +136,10 @@ def test_texts_are_cut_and_split_alike_in_every_run(tmp_path, target):
     assert 3 <= len(texts.heldout) <= 6
     short = replace(told, features=replace(told.features, max_length=7))
     cut = texts_of(short)
-    assert {len(row.prompt) + len(row.answer) for row in cut.rows} == {7}
-    assert [cut.rows[i].id for i in cut.heldout] == [texts.rows[i].id for i in texts.heldout]
+    assert {cut.length(i) for i in range(len(cut))} == {7}
+    assert cut.heldout == texts.heldout and cut.prompt(3) == texts.prompt(3)
+    assert cut.answer(3) == texts.answer(3)[: 7 - len(cut.prompt(3))]
+    assert cut.digest() != texts.digest() == texts_of(told).digest() != texts.digest(1)
 
 
 def test_empty_short_and_foreign_data(tmp_path, target):

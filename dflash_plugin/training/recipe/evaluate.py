@@ -50,13 +50,13 @@ def evaluate(
         draft, target.embedding, target.head, dtype=target.embedding.dtype, device=device
     )
     chosen = _per_kind(texts, settings.texts)
-    rows = [texts.rows[i] for i in chosen]
     found: dict[str, Any] = {"k": k, "dtype": config.target.dtype}
 
     def along(i: int) -> AcceptanceStats:
-        return replay(target, model, rows[i].prompt, rows[i].answer, num_speculative_tokens=k).stats
+        prompt, answer = texts.prompt(chosen[i]), texts.answer(chosen[i])
+        return replay(target, model, prompt, answer, num_speculative_tokens=k).stats
 
-    kinds = [row.kind for row in rows]
+    kinds = [texts.kinds[i] for i in chosen]
     found["heldout"] = _measure("heldout text", kinds, along, k, clock)
     asked = [
         Prompt.of(source.name, messages)
@@ -80,7 +80,7 @@ def evaluate(
 
         def served(i: int) -> AcceptanceStats:
             before = client.acceptance(k)
-            client.answer(rows[i].prompt, settings.tokens)
+            client.answer(texts.prompt(chosen[i]), settings.tokens)
             return client.acceptance(k) - before
 
         found["server"] = _measure("served prompt", kinds, served, k, clock)
@@ -122,7 +122,7 @@ def _per_kind(texts: Texts, most: int) -> list[int]:
     """Held-out texts, at most so many of a kind, kinds in turn: whatever time allows is mixed."""
     by_kind: dict[str, list[int]] = {}
     for index in texts.heldout:
-        by_kind.setdefault(texts.rows[index].kind, []).append(index)
+        by_kind.setdefault(texts.kinds[index], []).append(index)
     ranked = [
         (place, kind, index)
         for kind, indices in by_kind.items()

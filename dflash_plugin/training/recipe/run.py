@@ -155,7 +155,7 @@ class Run:
     def _features(self, clock: Clock) -> dict[str, Any]:
         shape = self._shape()
         texts = self._texts(shape)
-        told = {"texts": len(texts.rows), "too_short": texts.too_short}
+        told = {"texts": len(texts), "too_short": texts.too_short}
         told |= {"heldout": len(texts.heldout)}
         if self.config.features.how == "on-the-fly":
             return told
@@ -179,7 +179,7 @@ class Run:
         if self.config.features.how == "stored":
             del target
         trainer = Trainer(
-            self.config, draft, source, folder, f"{self._key('fit')}-{texts.digest}",
+            self.config, draft, source, folder, f"{self._key('fit')}-{texts.digest()}",
             clock=clock, world=self.world,
         )  # fmt: skip
         state = trainer.run()

@@ -9,8 +9,9 @@ so what is there is kept, and what is damaged or outdated is made again.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from ...reference.target import HFTarget
 from ..features import channel_scale
 from ..fit import Batch
 from . import answers, tensors
-from .answers import FEWEST_TOKENS, Answer
+from .answers import FEWEST_TOKENS
 from .clock import Clock
 from .config import Config
 
@@ -51,7 +52,11 @@ class Features:
 
 
 class Texts:
-    """The answers a draft can be trained on, cut to the longest length.
+    """The answers a draft can be trained on, cut to the longest length; all of them in memory.
+
+    Attributes:
+        kinds: of every text.
+        training, heldout: their indices; the same answer is held out in every run.
 
     Raises:
         TrainingError: none is long enough, or a token id is beyond the head.
@@ -59,49 +64,76 @@ class Texts:
 
     def __init__(self, config: Config, path: Path, vocab_size: int) -> None:
         most = config.features.max_length
-        self.rows: list[Answer] = []
+        flat, ranks = array("i"), []
+        self.kinds: list[str] = []
+        self._starts, self._ends = array("q"), array("q", [0])
         self.too_short = 0
         for row in answers.read(path):
             answers.check_ids(row, vocab_size, str(path))
             kept = row.answer[: max(0, most - len(row.prompt))]
             if len(kept) < FEWEST_TOKENS or not row.prompt:
                 self.too_short += 1
-            else:
-                self.rows.append(Answer(row.id, row.kind, row.prompt, kept))
-        if len(self.rows) < 2:
+                continue
+            flat.extend(row.prompt)
+            flat.extend(kept)
+            self.kinds.append(row.kind)
+            self._starts.append(len(row.prompt))
+            self._ends.append(len(flat))
+            ranks.append(row.heldout_rank)
+        if len(ranks) < 2:
             raise TrainingError(
-                f"{path}: {len(self.rows)} of {len(self.rows) + self.too_short} answers have "
+                f"{path}: {len(ranks)} of {len(ranks) + self.too_short} answers have "
                 f"{FEWEST_TOKENS} tokens or more within {most}, expected at least 2",
                 hint="more prompts, more max_tokens, or a larger features.max_length",
             )
+        self._flat = torch.tensor(flat, dtype=torch.int32)
         share = config.prompts.heldout
-        ranked = sorted(range(len(self.rows)), key=lambda i: (self.rows[i].heldout_rank, i))
-        held = [i for i in ranked if self.rows[i].heldout_rank < share]
-        if share and not held:
-            held = ranked[:1]
-        if len(held) == len(self.rows):
-            held = held[:1]
-        self.heldout = held
-        self.training = sorted(set(range(len(self.rows))) - set(held))
+        ranked = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
+        below = sum(rank < share for rank in ranks)
+        self.heldout = ranked[: min(max(below, 1), len(ranks) - 1)] if share else []
+        self.training = sorted(set(ranked) - set(self.heldout))
 
-    @property
-    def digest(self) -> str:
-        """Of all the texts: another set of answers is another training run."""
-        return _digest(self.rows)
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def length(self, index: int) -> int:
+        """Tokens of a text, prompt included."""
+        return self._ends[index + 1] - self._ends[index]
+
+    def prompt(self, index: int) -> list[int]:
+        """Token ids before the answer."""
+        return self._ids(index)[: self._starts[index]].tolist()
+
+    def answer(self, index: int) -> list[int]:
+        """Token ids of the answer."""
+        return self._ids(index)[self._starts[index] :].tolist()
+
+    def digest(self, first: int = 0, last: int | None = None) -> str:
+        """A hash of all the texts, or of some: another set is another training run."""
+        last = len(self) if last is None else last
+        digest = hashlib.sha256(self._flat[self._ends[first] : self._ends[last]].numpy().tobytes())
+        digest.update(self._starts[first:last].tobytes())
+        digest.update(repr([self.length(i) for i in range(first, last)]).encode())
+        return digest.hexdigest()[:12]
 
     def counts(self, vocab_size: int) -> Tensor:
         """How often each token occurs in the answers trained on: [vocab]."""
-        ids = [token for i in self.training for token in self.rows[i].answer]
-        return torch.bincount(torch.tensor(ids), minlength=vocab_size)
+        found = torch.zeros(vocab_size, dtype=torch.long)
+        for index in self.training:
+            ids = self._ids(index)[self._starts[index] :]
+            found += torch.bincount(ids, minlength=vocab_size)
+        return found
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Ids, padded on the right, and where anchors may be."""
-        rows = [self.rows[i] for i in indices]
-        ends = torch.tensor([len(row.prompt) + len(row.answer) for row in rows])
-        ids = torch.zeros(len(rows), int(ends.max()), dtype=torch.long)
-        for place, row in enumerate(rows):
-            ids[place, : int(ends[place])] = torch.tensor(row.prompt + row.answer)
-        return Batch(ids, torch.tensor([len(row.prompt) for row in rows]), ends)
+        ends = torch.tensor([self.length(i) for i in indices])
+        ids = torch.zeros(len(indices), int(ends.max()), dtype=torch.long)
+        for place, index in enumerate(indices):
+            ids[place, : int(ends[place])] = self._ids(index)
+        return Batch(ids, torch.tensor([self._starts[i] for i in indices]), ends)
+
+    def _ids(self, index: int) -> Tensor:
+        return self._flat[self._ends[index] : self._ends[index + 1]]
 
 
 class Computed:
@@ -132,17 +164,17 @@ class Stored:
         self.texts, self._folder = texts, folder
         self._files = []
         self._places: list[tuple[int, int]] = []
-        for number, rows in enumerate(_shards(texts, config.features.shard)):
+        for number, shard in enumerate(_shards(texts, config.features.shard)):
             path = _shard_path(folder, number)
-            if tensors.facts(path).get("key") != _shard_key(rows, key):
+            if tensors.facts(path).get("key") != _shard_key(texts, shard, key):
                 raise CheckpointError(
                     f"{path}: of other texts or settings", hint="run --stage features again"
                 )
             self._files.append(tensors.opened(path))
             start = 0
-            for row in rows:
+            for index in shard:
                 self._places.append((number, start))
-                start += len(row.prompt) + len(row.answer)
+                start += texts.length(index)
         self._with_teacher = config.features.teacher > 0
 
     def get(self, indices: Sequence[int]) -> Features:
@@ -181,8 +213,9 @@ def build(
         TrainingError: not one shard in the time given.
     """
     shards = _shards(texts, config.features.shard)
-    tokens = sum(len(row.prompt) + len(row.answer) for row in texts.rows)
-    missing = [i for i, rows in enumerate(shards) if not _is_there(folder, i, rows, key)]
+    tokens = sum(texts.length(i) for i in range(len(texts)))
+    wanted = [_shard_key(texts, shard, key) for shard in shards]
+    missing = [i for i, shard in enumerate(wanted) if not _is_there(folder, i, shard)]
     width = len(target.taps) * target.embedding.shape[1]
     share = len(missing) / len(shards)
     _check_space(folder, int(share * tokens * (2 * width + 6 * config.features.teacher)))
@@ -193,10 +226,10 @@ def build(
                 tensors.save(folder / _SCALE, {"scale": made.pop("scale")}, {})
             made.pop("scale", None)
             path = _shard_path(folder, number)
-            tensors.save(path, made, {"key": _shard_key(shards[number], key)})
+            tensors.save(path, made, {"key": wanted[number]})
             told(len(shards) - len(missing) + done)
             clock.over()  # recorded, not obeyed: a shard that is missing cannot be trained on
-    return {"texts": len(texts.rows), "tokens": tokens, "shards": len(shards)}
+    return {"texts": len(texts), "tokens": tokens, "shards": len(shards)}
 
 
 @torch.no_grad()
@@ -224,23 +257,20 @@ def compute(target: HFTarget, ids: Tensor, teacher: int) -> tuple[Tensor, Teache
     return taps, Teacher(torch.stack(kept_ids), torch.stack(kept))
 
 
-def _make(
-    config: Config, texts: Texts, rows: Sequence[Answer], target: HFTarget
-) -> dict[str, Tensor]:
-    place = {id(row): i for i, row in enumerate(texts.rows)}
-    by_length = sorted(rows, key=lambda row: len(row.prompt) + len(row.answer))
+def _make(config: Config, texts: Texts, shard: range, target: HFTarget) -> dict[str, Tensor]:
+    by_length = sorted(shard, key=texts.length)
     parts: dict[int, dict[str, Tensor]] = {}
-    for start in range(0, len(rows), config.features.batch):
+    for start in range(0, len(shard), config.features.batch):
         some = by_length[start : start + config.features.batch]
-        batch = texts.batch([place[id(row)] for row in some])
+        batch = texts.batch(some)
         taps, teacher = compute(target, batch.ids, config.features.teacher)
-        for i, (row, end) in enumerate(zip(some, batch.ends.tolist(), strict=True)):
+        for i, (index, end) in enumerate(zip(some, batch.ends.tolist(), strict=True)):
             part = {"taps": taps[i, :end].to("cpu", torch.bfloat16)}
             if teacher is not None:
                 part["teacher_ids"] = teacher.ids[i, :end].to("cpu", torch.int32)
                 part["teacher_logprobs"] = teacher.logprobs[i, :end].to("cpu", torch.bfloat16)
-            parts[id(row)] = part
-    ordered = [parts[id(row)] for row in rows]
+            parts[index] = part
+    ordered = [parts[index] for index in shard]
     made = {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}
     return {**made, "scale": _scale([part["taps"] for part in ordered[:_SCALE_TEXTS]])}
 
@@ -251,34 +281,27 @@ def _scale(parts: Sequence[Tensor]) -> Tensor:
     return channel_scale(inner[None].float()).cpu()
 
 
-def _shards(texts: Texts, size: int) -> list[list[Answer]]:
-    return [texts.rows[i : i + size] for i in range(0, len(texts.rows), size)]
+def _shards(texts: Texts, size: int) -> list[range]:
+    return [range(i, min(i + size, len(texts))) for i in range(0, len(texts), size)]
 
 
 def _shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}.safetensors"
 
 
-def _shard_key(rows: Sequence[Answer], key: str) -> str:
-    return f"{key}-{_digest(rows)}"
+def _shard_key(texts: Texts, shard: range, key: str) -> str:
+    return f"{key}-{texts.digest(shard.start, shard.stop)}"
 
 
-def _is_there(folder: Path, number: int, rows: Sequence[Answer], key: str) -> bool:
+def _is_there(folder: Path, number: int, wanted: str) -> bool:
     path = _shard_path(folder, number)
     if not path.exists() or (number == 0 and not (folder / _SCALE).exists()):
         return False
     try:
-        return bool(tensors.facts(path).get("key") == _shard_key(rows, key))
+        return bool(tensors.facts(path).get("key") == wanted)
     except DFlashError as err:
-        print(f"{err.message}; made again")
+        print(f"{err.message}; made again", file=sys.stderr)
         return False
-
-
-def _digest(rows: Sequence[Answer]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps([row.id, row.prompt, row.answer]).encode())
-    return digest.hexdigest()[:12]
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -323,12 +323,9 @@ def batches(texts: Texts, size: int, seed: int, epoch: int) -> list[list[int]]:
     chance.shuffle(order)
     while len(order) < size:  # a tiny data set
         order += order[: size - len(order)]
-    rows = texts.rows
     found = []
     for start in range(0, len(order), size * 8):
-        near = sorted(
-            order[start : start + size * 8], key=lambda i: len(rows[i].prompt + rows[i].answer)
-        )
+        near = sorted(order[start : start + size * 8], key=texts.length)
         found += [near[i : i + size] for i in range(0, len(near) - size + 1, size)]
     chance.shuffle(found)
     return found
