@@ -11,12 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from recipe_helpers import make_config, save_target, write_answers  # noqa: E402
+from recipe_helpers import make_config, save_target, write_answers, write_prompts  # noqa: E402
 
 from dflash_plugin import cli  # noqa: E402
+from dflash_plugin.acceptance import AcceptanceStats  # noqa: E402
 from dflash_plugin.errors import DownloadError  # noqa: E402
 from dflash_plugin.pair import DraftConfig, preflight  # noqa: E402
-from dflash_plugin.training.recipe import publish  # noqa: E402
+from dflash_plugin.training.recipe import evaluate, publish  # noqa: E402
 from dflash_plugin.training.recipe import run as run_module  # noqa: E402
 from dflash_plugin.training.recipe.config import STAGES  # noqa: E402
 
@@ -180,3 +181,41 @@ def test_upload_is_asked_for_and_refusals_are_told(tmp_path, target, monkeypatch
     monkeypatch.setattr(Api, "create_repo", refuse)
     with pytest.raises(DownloadError, match="me/draft: not uploaded: 401"):
         publish.upload(tmp_path, "me/draft")
+
+
+def test_a_server_of_the_pair_is_measured_by_its_own_counters(tmp_path, target, monkeypatch):
+    told = make_config(tmp_path, target)
+    told.path.write_text(told.path.read_text() + 'url = "http://127.0.0.1:9"\nmodel = "m"\n')
+    steps = iter(range(100))
+
+    class Client:
+        def __init__(self, url, model):
+            assert (url, model) == ("http://127.0.0.1:9", "m")
+
+        def acceptance(self, k):
+            drafts = 10 * next(steps)
+            return AcceptanceStats(drafts, (drafts // 2, *[0] * (k - 1)))
+
+        def answer(self, prompt, tokens):
+            assert prompt and tokens == 128
+
+    monkeypatch.setattr(evaluate, "ServerClient", Client)
+    assert train(told) == 0
+    served = json.loads((told.out / "evaluation.json").read_text())["server"]["all"]
+    assert served["al"] == 1.5 and served["accepted_rate_per_position"] == [0.5, 0, 0, 0]
+    assert (
+        "| an engine's own counters | words (2) | 1.50 |"
+        in (told.out / "draft" / "README.md").read_text()
+    )
+
+
+def test_prompts_of_the_evaluation_are_decoded_by_the_reference(tmp_path, target):
+    told = make_config(tmp_path, target)
+    tests = write_prompts(tmp_path / "tests.jsonl", 3)
+    told.path.write_text(
+        told.path.read_text() + "tokens = 6\n[[evaluate.source]]\n"
+        f'kind = "jsonl"\nname = "tests"\npath = "{tests}"\n'
+    )
+    assert train(told) == 0
+    generated = json.loads((told.out / "evaluation.json").read_text())["generated"]
+    assert generated["tests"]["texts"] == 3 and generated["all"]["al"] >= 1.0

@@ -332,7 +332,9 @@ def batches(texts: Texts, size: int, seed: int, epoch: int) -> list[list[int]]:
 
 
 def _recipe(fit: Fit, steps: int) -> Recipe:
-    return Recipe(steps=steps, learning_rate=fit.learning_rate, warmup=fit.warmup, floor=fit.floor)
+    # A run cut short by its budget has no time for a long warm-up.
+    warmup = min(fit.warmup, steps // 10)
+    return Recipe(steps=steps, learning_rate=fit.learning_rate, warmup=warmup, floor=fit.floor)
 
 
 @contextmanager
