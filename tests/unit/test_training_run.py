@@ -101,6 +101,8 @@ def test_a_failure_in_a_stage_is_resumed(tmp_path, target, monkeypatch, capsys):
 
     monkeypatch.setattr(run_module.Trainer, "run", fails)
     assert train(told) == 130
+    shard = sorted((told.out / "features").glob("shard-*"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])  # and the disk was not spared either
     monkeypatch.setattr(run_module.Trainer, "run", real)
     capsys.readouterr()
     assert train(told, "--dry-run") == 0

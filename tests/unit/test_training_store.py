@@ -35,7 +35,7 @@ def target(tmp_path_factory) -> Path:
 def build(told, key: str = "key"):
     source, loaded = source_of(told)
     folder = told.out / "features"
-    facts = store.build(told, source.texts, loaded, folder, key=key, clock=Clock())
+    facts = store.build(told, source.texts, lambda: loaded, folder, key=key, clock=Clock())
     return source, folder, facts
 
 

@@ -103,7 +103,9 @@ class Run:
         return lines
 
     def _stage(self, stage: str) -> None:
-        if self._done(stage):
+        # Shards that were lost or damaged since are made again, as long as they are needed.
+        again = stage == "features" and not self._done("fit")
+        if self._done(stage) and not again:
             print(f"{stage}: done ({_facts(self.state[stage])})", file=sys.stderr)
             return
         at = STAGES.index(stage)
@@ -159,10 +161,13 @@ class Run:
         told |= {"heldout": len(texts.heldout)}
         if self.config.features.how == "on-the-fly":
             return told
-        target = models.load_target(self.config, shape.target_layer_ids, self._device)
-        key = self._key("features")
         return told | store.build(
-            self.config, texts, target, self.out / "features", key=key, clock=clock
+            self.config,
+            texts,
+            lambda: models.load_target(self.config, shape.target_layer_ids, self._device),
+            self.out / "features",
+            key=self._key("features"),
+            clock=clock,
         )
 
     def _fit(self, clock: Clock) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import hashlib
 import shutil
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,18 +204,30 @@ class Stored:
 
 
 def build(
-    config: Config, texts: Texts, target: HFTarget, folder: Path, *, key: str, clock: Clock
+    config: Config,
+    texts: Texts,
+    load: Callable[[], HFTarget],
+    folder: Path,
+    *,
+    key: str,
+    clock: Clock,
 ) -> dict[str, Any]:
-    """Make every shard that is not there; until the time is up.
+    """Make every shard that is not there.
+
+    Args:
+        load: loads the target; called only if a shard is missing.
 
     Raises:
         CacheError: the disk is full, or will be.
-        TrainingError: not one shard in the time given.
     """
     shards = _shards(texts, config.features.shard)
     tokens = sum(texts.length(i) for i in range(len(texts)))
     wanted = [_shard_key(texts, shard, key) for shard in shards]
     missing = [i for i, shard in enumerate(wanted) if not _is_there(folder, i, shard)]
+    facts = {"texts": len(texts), "tokens": tokens, "shards": len(shards)}
+    if not missing:
+        return facts
+    target = load()
     width = len(target.taps) * target.embedding.shape[1]
     share = len(missing) / len(shards)
     _check_space(folder, int(share * tokens * (2 * width + 6 * config.features.teacher)))
@@ -229,7 +241,7 @@ def build(
             tensors.save(path, made, {"key": wanted[number]})
             told(len(shards) - len(missing) + done)
             clock.over()  # recorded, not obeyed: a shard that is missing cannot be trained on
-    return {"texts": len(texts), "tokens": tokens, "shards": len(shards)}
+    return facts
 
 
 @torch.no_grad()
