@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -221,3 +225,25 @@ def test_prompts_of_the_evaluation_are_decoded_by_the_reference(tmp_path, target
     assert train(told) == 0
     generated = json.loads((told.out / "evaluation.json").read_text())["generated"]
     assert generated["tests"]["texts"] == 3 and generated["all"]["al"] >= 1.0
+
+
+def test_torchrun_fits_in_two_processes_and_no_other_stage(tmp_path, target):
+    told = make_config(tmp_path, target, epochs=1)
+    assert train(told, "--stage", "prompts", "--stage", "regenerate", "--stage", "features") == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command += ["-m", "dflash_plugin.cli", "train", "--config", str(told.path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*command, "--stage", "fit"], env=env, check=False, timeout=240, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    state = json.loads((told.out / "state.json").read_text())["fit"]
+    assert state["done"] and state["device"].startswith("2 x CPU")
+    assert train(told) == 0 and (told.out / "draft").is_dir()
+
+
+def test_several_processes_are_for_the_fit_alone(tmp_path, target, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "World", lambda _device: SimpleNamespace(size=2, first=True))
+    assert train(make_config(tmp_path, target)) == 2
+    assert "--stage fit" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,22 +214,17 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(shape: DraftConfig) -> dict[str, Any]:
     """Facts of a draft that a person checks before training it."""
-    parameters = sum(_product(dims) for dims in shape.tensor_shapes().values())
+    parameters = sum(math.prod(dims) for dims in shape.tensor_shapes().values())
     return {
         "parameters": parameters,
-        "layers": [f"{'full' if a.window is None else f'window {a.window}'}" for a in shape.layers],
+        "layers": [
+            "full" if one.window is None else f"window {one.window}" for one in shape.layers
+        ],
         "taps": list(shape.target_layer_ids),
         "block_size": shape.block_size,
         "mask_token_id": shape.mask_token_id,
         "feature_bytes_per_token": 2 * len(shape.target_layer_ids) * shape.target_hidden_size,
     }
-
-
-def _product(dims: Sequence[int]) -> int:
-    result = 1
-    for dim in dims:
-        result *= dim
-    return result
 
 
 def as_json(value: Any) -> str:

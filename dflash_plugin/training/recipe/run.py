@@ -11,6 +11,7 @@ then the run stops and says so, since what was made may have taken hours.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -68,10 +69,8 @@ class Run:
                 "several processes, but not for `fit` alone",
                 hint="torchrun … train --stage fit; the other stages in one process",
             )
-        if not self.world.first:
-            self._stage("fit")
-            return
-        with locked(name):
+        # The first process alone holds the lock and writes; the others train along.
+        with locked(name) if self.world.first else contextlib.nullcontext():
             for stage in STAGES:
                 if stage in stages:
                     self._stage(stage)
