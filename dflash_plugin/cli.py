@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, errors, patch_cli
+from . import __version__, errors, patch_cli, train_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(commands)
     patch_cli.add_parser(commands)
+    train_cli.add_parser(commands)
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -65,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON document")
     replace = actions.add_parser("replace-demo-draft", help="put another draft in its place")
     replace.add_argument("folder", help="folder with config.json and model.safetensors")
+    convert = actions.add_parser("convert", help="a draft of `speculators` to ours, or back")
+    convert.add_argument("source", help="folder of the draft; its config says which it is")
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument("--target", help="to speculators: the target, a hub id or a folder")
     return parser
 
 
@@ -179,6 +184,8 @@ def _pair(args: argparse.Namespace) -> int:
 
         replace_draft(Path(args.folder))
         return 0
+    if args.action == "convert":
+        return train_cli.convert(args)
     found = demo.demo_pair(wheel=Path(args.wheel) if args.wheel else None, verify=args.verify)
     if args.json:
         print(json.dumps({"target": str(found.target), "draft": str(found.draft)}))
@@ -193,6 +200,7 @@ _COMMANDS = {
     "generate": _generate,
     "patch": patch_cli.run,
     "pair": _pair,
+    "train": train_cli.run,
 }
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ LAYERS = {
     "sglang_entry": 4,
     "doctor": 4,
     "patch_cli": 4,
+    "train_cli": 4,
     "training": 4,
     "bench": 4,
     "cli": 5,
