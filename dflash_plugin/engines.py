@@ -21,6 +21,8 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
 }
 PATCH_STATE = "dflash-plugin-patch.json"
 """Beside METADATA of an engine that ``dflash-plugin patch`` has changed: what was done to it."""
+PATCH_STAGING = ".dflash-plugin-patch"
+"""In its site-packages while that command is at work, and after it was stopped half-way."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Installed:
     location: str | None = None  # the site-packages folder it is in
     variant: str | None = None  # the patch set it was given
     replaced_shims: Sequence[str] = ()  # and the shims that set stands for
+
+    @property
+    def half_patched(self) -> bool:
+        """Whether its files may be old or new: a patch command is at work, or was stopped."""
+        return self.location is not None and Path(self.location, PATCH_STAGING).exists()
 
     @property
     def base_version(self) -> str:

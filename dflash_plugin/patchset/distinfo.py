@@ -127,7 +127,7 @@ def edit_record(
         The new file; (number, line) of each line that is not in it any more.
     """
     lines = _lines(record)
-    end = "\r\n" if lines and lines[0].endswith("\r\n") else "\n"
+    end = _line_end(record)
     kept: list[str] = []
     dropped: list[tuple[int, str]] = []
     left = dict(contents)
@@ -153,12 +153,12 @@ def restore_record(
     new_folder: str,
 ) -> bytes:
     """:func:`edit_record` undone. ``edited``: the paths it was given, below ``new_folder``."""
-    own = set(edited)
+    own, end = set(edited), _line_end(record)
     lines = [
         _moved(line, new_folder, old_folder) for line in _lines(record) if _path(line) not in own
     ]
     for number, line in sorted(dropped):
-        lines.insert(number, line)
+        lines.insert(number, line.rstrip("\r\n") + end)
     return "".join(lines).encode()
 
 
@@ -169,6 +169,10 @@ def _head(metadata: bytes) -> bytes:
 
 def _lines(record: bytes) -> list[str]:
     return re.findall(r"[^\n]*\n|[^\n]+", record.decode())
+
+
+def _line_end(record: bytes) -> str:
+    return "\r\n" if record.partition(b"\n")[0].endswith(b"\r") else "\n"
 
 
 def _path(line: str) -> str:

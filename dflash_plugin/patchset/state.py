@@ -19,13 +19,10 @@ class Recorded:
 
     Attributes:
         folder: the dist-info's name before.
-        metadata, record: sha256 of ``METADATA`` and ``RECORD`` before.
         dropped: (line number, line) of each line of RECORD that was replaced or removed.
     """
 
     folder: str
-    metadata: str
-    record: str
     dropped: tuple[tuple[int, str], ...]
 
 

@@ -106,7 +106,7 @@ class SiteTree:
         edits[f"{folder}/{PATCH_STATE}"] = b""
         # The state holds the lines that go, RECORD the hash of the state.
         _, dropped = distinfo.edit_record(record, edits, info.folder, folder)
-        undo = Recorded(info.folder, sha256(metadata), sha256(record), tuple(dropped))
+        undo = Recorded(info.folder, tuple(dropped))
         new[f"{folder}/{PATCH_STATE}"] = replace(state, recorded=undo).dump()
         edits[f"{folder}/{PATCH_STATE}"] = new[f"{folder}/{PATCH_STATE}"]
         new[f"{folder}/RECORD"], _ = distinfo.edit_record(record, edits, info.folder, folder)
@@ -117,28 +117,21 @@ class SiteTree:
         info, undo = self._info(), state.recorded
         if undo is None:
             raise PatchStateError(f"{info.path}/{PATCH_STATE}: is not of an installation")
+        own = [f"{info.folder}/{name}" for name in ("METADATA", PATCH_STATE)]
+        wrong = self.edited([*contents, *own])
+        if wrong:
+            raise PatchStateError(
+                f"{self.root}: was changed after the patches were applied: {', '.join(wrong)}",
+                hint="reinstall the engine instead of reverting",
+            )
         old = info.files()
-        own = f"{info.folder}/{PATCH_STATE}"
-        new = {
-            f"{undo.folder}/{path.partition('/')[2]}": data
-            for path, data in old.items()
-            if path != own
-        }
-        metadata = distinfo.set_version(old[f"{info.folder}/METADATA"], state.base_version)
-        edited = [*contents, f"{info.folder}/METADATA", own]
-        record = distinfo.restore_record(
-            info.record(), undo.dropped, edited, undo.folder, info.folder
+        new = {f"{undo.folder}/{path.partition('/')[2]}": data for path, data in old.items()}
+        del new[f"{undo.folder}/{PATCH_STATE}"]
+        new[f"{undo.folder}/METADATA"] = distinfo.set_version(old[own[0]], state.base_version)
+        # Whoever installed a wheel that was patched before has written RECORD anew.
+        new[f"{undo.folder}/RECORD"] = distinfo.restore_record(
+            info.record(), undo.dropped, [*contents, *own], undo.folder, info.folder
         )
-        for name, data, expected in (
-            ("METADATA", metadata, undo.metadata),
-            ("RECORD", record, undo.record),
-        ):
-            if sha256(data) != expected:
-                raise PatchStateError(
-                    f"{info.path}/{name}: was changed after the patches were applied",
-                    hint="reinstall the engine instead of reverting",
-                )
-            new[f"{undo.folder}/{name}"] = data
         return [*_changes(self.root, contents), *_moved(self.root, old, new)]
 
 

@@ -252,6 +252,7 @@ def test_support_leaves_out_what_the_patches_stand_for(patched):
 
 
 def test_the_entry_point_applies_the_other_shims_only(patched, monkeypatch, caplog):
+    (patched / engines.PATCH_STAGING).mkdir()
     applied: list[str] = []
     monkeypatch.setattr(vllm_entry, "_registered", False)
     monkeypatch.setattr(shims, "install", lambda names, log: applied.extend(names))
@@ -259,6 +260,7 @@ def test_the_entry_point_applies_the_other_shims_only(patched, monkeypatch, capl
     with caplog.at_level(logging.INFO):
         vllm_entry.register()
     assert applied and not set(applied) & set(REPLACED)
+    assert "a patch command was stopped half-way" in caplog.text
     assert "patch (the release's own dflash, patched (swa)" in caplog.text
 
 
@@ -272,7 +274,7 @@ def test_doctor_says_in_which_state_it_is(patched):
     (patched / "vllm/draft.py").write_text("mine\n")
     assert (check().status, check().exit_code) == ("failed", 44)
     assert "vllm/draft.py" in check().detail
-    staging = patched / ".dflash-plugin-patch"
+    staging = patched / engines.PATCH_STAGING
     staging.mkdir()
     (staging / "journal.json").write_text("{}")
     assert "interrupted" in check().detail

@@ -14,6 +14,7 @@ import pytest
 from patch_trees import ENGINE, FIELDS, PATCHED, patch_text, snapshot, unpack, write_set
 
 from dflash_plugin import patchset
+from dflash_plugin.engines import PATCH_STAGING as STAGING
 from dflash_plugin.errors import (
     EngineNotFoundError,
     PatchBusyError,
@@ -23,7 +24,6 @@ from dflash_plugin.errors import (
     PatchVersionError,
 )
 from dflash_plugin.patchset.distinfo import record_hash
-from dflash_plugin.patchset.transaction import STAGING
 
 PATCHED_INFO = "vllm-0.24.0+dflash.swa.dist-info"
 
@@ -235,8 +235,7 @@ def test_states_are_refused(site, swa, tmp_path):
     [
         ("vllm/draft.py", r"vllm/draft\.py was changed after .* hunk 1"),
         ("vllm/v1/new/file.py", r"new/file\.py .*hunk|lines that the patch|file\.py is not"),
-        (f"{PATCHED_INFO}/METADATA", "METADATA: was changed after"),
-        (f"{PATCHED_INFO}/RECORD", "RECORD: was changed after"),
+        (f"{PATCHED_INFO}/METADATA", "was changed after .*METADATA"),
     ],
 )
 def test_a_patched_engine_that_was_edited_is_not_reverted(site, swa, patches, path, words):
@@ -250,6 +249,30 @@ def test_a_patched_engine_that_was_edited_is_not_reverted(site, swa, patches, pa
     assert snapshot(site) == before
     edited = patchset.status(tree, patches).edited
     assert edited == (() if PATCHED_INFO in path else (path,))
+
+
+def test_a_record_that_was_written_anew(site, swa, patches):
+    """As by packing a patched wheel and installing it; what is in it is still true."""
+    tree, before = patchset.site_tree(site, "vllm"), snapshot(site)
+    patchset.apply(tree, swa)
+    record = site / PATCHED_INFO / "RECORD"
+    (site / PATCHED_INFO / "INSTALLER").write_text("pip\n")
+    rows = record.read_bytes().decode().replace("\r\n", "\n").splitlines(keepends=True)
+    rows.append(f"{PATCHED_INFO}/INSTALLER,{record_hash(b'pip' + bytes([10]))},4\n")
+    record.write_bytes("".join(sorted(rows)).encode())
+    patchset.revert(tree)
+    after = snapshot(site)
+    assert after.pop("vllm-0.24.0.dist-info/INSTALLER") == b"pip\n"
+    del after["vllm-0.24.0.dist-info/RECORD"], before["vllm-0.24.0.dist-info/RECORD"]
+    assert after == before
+    rows_now = recorded(site)
+    assert rows_now.pop("vllm-0.24.0.dist-info/RECORD") == ("", "")
+    assert {path: digest for path, (digest, _) in rows_now.items()} == {
+        path: record_hash(data)
+        for path, data in snapshot(site).items()
+        if not path.endswith("RECORD")
+    }
+    assert b"\r" not in (site / "vllm-0.24.0.dist-info/RECORD").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -268,7 +291,15 @@ def test_a_broken_state_file(site, swa, patches, text):
 
 
 @pytest.mark.parametrize(
-    "what", ["read-only file", "read-only folder", "link out", "folder link", "owner"]
+    "what",
+    [
+        "read-only file",
+        "read-only folder",
+        "read-only metadata",
+        "link out",
+        "folder link",
+        "owner",
+    ],
 )
 def test_files_that_may_not_be_touched(site, swa, tmp_path, monkeypatch, what):
     draft = site / "vllm/draft.py"
@@ -277,6 +308,8 @@ def test_files_that_may_not_be_touched(site, swa, tmp_path, monkeypatch, what):
         draft.chmod(0o444)
     elif what == "read-only folder":
         (site / "vllm").chmod(0o555)
+    elif what == "read-only metadata":
+        (site / "vllm-0.24.0.dist-info/RECORD").chmod(0o444)
     elif what == "link out":
         draft.rename(tmp_path / "draft.py")
         draft.symlink_to(tmp_path / "draft.py")
@@ -290,8 +323,9 @@ def test_files_that_may_not_be_touched(site, swa, tmp_path, monkeypatch, what):
         words = "belongs to user .* runs as user 12345"
     before = snapshot(site)
     try:
-        with pytest.raises(PatchTargetError, match=words):
-            patchset.apply(patchset.site_tree(site, "vllm"), swa)
+        for act in (patchset.check, patchset.apply):
+            with pytest.raises(PatchTargetError, match=words):
+                act(patchset.site_tree(site, "vllm"), swa)
     finally:
         (site / "vllm").chmod(0o755)
     assert snapshot(site) == before
