@@ -24,6 +24,7 @@ LAYERS = {
     "matrix": 1,
     "config_file": 1,
     "pair": 1,
+    "pair_config": 1,
     "draft_math": 1,
     "checkpoint": 1,
     "cache": 1,
@@ -52,7 +53,8 @@ LAYERS = {
 # `local` generates; a patch set is for an engine's files, whose names are known there, and is
 # written as what is in the cache.
 SIDEWAYS = {
-    ("pair", "config_file"),
+    ("pair", "pair_config"),
+    ("pair_config", "config_file"),
     ("pair", "checkpoint"),
     ("matrix", "toml_table"),
     ("draft_math", "pair"),

@@ -255,23 +255,24 @@ def test_kernels_that_take_the_arguments_are_left_alone():
 # --- scaling -------------------------------------------------------------------
 
 
-def head(**config):
+def head(model_type="qwen3", **config):
     class DFlashQwen3Model:
         def embed_input_ids(self, input_ids):
             return 10.0
 
     class DFlashQwen3ForCausalLM:
         def __init__(self, *, vllm_config, prefix=""):
-            self.config = vllm_config
+            self.config = SimpleNamespace(**config)
+            self.model = DFlashQwen3Model()
             self.logits_processor = SimpleNamespace(soft_cap=None)
 
     found = module(DFlashQwen3Model=DFlashQwen3Model, DFlashQwen3ForCausalLM=DFlashQwen3ForCausalLM)
     vllm_draft_scaling.apply(found)
-    made = DFlashQwen3ForCausalLM(vllm_config=SimpleNamespace(**config), prefix="draft")
-    model = DFlashQwen3Model()
-    model.config = made.config
+    target = SimpleNamespace(model_type=model_type, hidden_size=64)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=target))
+    made = DFlashQwen3ForCausalLM(vllm_config=vllm_config, prefix="draft")
     assert "vllm_config" in inspect.signature(DFlashQwen3ForCausalLM.__init__).parameters
-    return model.embed_input_ids(None), made.logits_processor.soft_cap
+    return made.model.embed_input_ids(None), made.logits_processor.soft_cap
 
 
 @pytest.mark.parametrize(
@@ -279,6 +280,8 @@ def head(**config):
     [
         ({}, (10.0, None)),
         ({"dflash_config": None}, (10.0, None)),
+        ({"model_type": "gemma4_text"}, (80.0, None)),
+        ({"model_type": "gemma4_text", "input_embedding_scale": 1}, (10.0, None)),
         ({"dflash_config": {"input_embedding_scale": 2.5}}, (25.0, None)),
         ({"dflash_config": {"final_logit_softcapping": 30}}, (10.0, 30.0)),
         ({"final_logit_softcapping": 20.0, "input_embedding_scale": 3}, (30.0, 20.0)),
