@@ -63,3 +63,28 @@ def test_a_release_is_patched_and_back_in_no_time(copy: Path) -> None:
     print(json.dumps({name: [round(s, 2) for s in taken] for name, taken in seconds.items()}))
     slow = {n: min(seconds[n]) for n, limit in LIMITS.items() if min(seconds[n]) > limit}
     assert not slow, f"{slow}, expected at most {LIMITS}"
+
+
+def test_every_set_of_the_release_there_and_back(copy: Path, tmp_path_factory) -> None:
+    """On its files, and as commits: export(import(x)) = x."""
+    root, before = patchset.patches_dir(), contents(copy)
+    tree = patchset.site_tree(copy, "vllm")
+    release = tree.version()
+    sets = [found for found in patchset.available(root) if found[:2] == ("vllm", release)]
+    assert sets
+    repo = shutil.copytree(copy, tmp_path_factory.mktemp("git") / "vllm")
+    git = ["git", "-C", str(repo), "-c", "user.name=A", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "vllm"], ["commit", "-qm", "Release"]):
+        subprocess.run([*git, *command], check=True)
+    for found in sets:
+        patches = patchset.load(root, *found)
+        patchset.apply(tree, patches)
+        assert patchset.status(tree, root).edited == ()
+        patchset.revert(tree)
+        assert contents(copy) == before
+        checkout = patchset.git_tree(repo, "vllm")
+        assert patchset.import_set(checkout, patches).rewritten == ()
+        out = tmp_path_factory.mktemp("out") / found[2]
+        patchset.export_set(checkout, out)
+        assert contents(out) == contents(root.joinpath(*found))
+        subprocess.run([*git, "checkout", "-q", f"HEAD~{len(patches.patches)}"], check=True)
