@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -27,3 +28,11 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in told.stdout.splitlines() if line.strip()]
+
+
+def describe(*, cpu: bool = False) -> str:
+    """The GPUs, or else (or where ``cpu``) the processor and its cores."""
+    found = [] if cpu else gpus()
+    if found:
+        return ", ".join(f"{found.count(name)}x {name}" for name in dict.fromkeys(found))
+    return f"{cpu_model()}, {os.cpu_count()} cores"

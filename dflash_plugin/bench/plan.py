@@ -38,6 +38,7 @@ class Plan:
     rounds: int
     sampling: Sampling
     seed: int = 0
+    first_round: int = 0
 
     @property
     def template(self) -> str:
@@ -45,6 +46,11 @@ class Plan:
         if self.sampling.raw:
             return "raw"
         return "chat, thinking on" if self.sampling.enable_thinking else "chat, thinking off"
+
+    @property
+    def numbers(self) -> range:
+        """The rounds; the groups of a sweep have rounds of their own."""
+        return range(self.first_round, self.first_round + self.rounds)
 
     def settings(self, facts: Mapping[str, Any]) -> dict[str, Any]:
         """JSON for ``run.json``; ``facts``: engine, versions, hardware."""

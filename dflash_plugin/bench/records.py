@@ -35,6 +35,9 @@ LOST = (REFUSED, CUT_OFF, INTERRUPTED)
 """Errors that say nothing about the request: it is made again when the run is resumed."""
 
 
+_MAY_CHANGE = {"levels", "rounds", "arms", "not_run"}
+
+
 @dataclass(frozen=True)
 class Level:
     """Load: so many requests at a time, or so many a second at random (Poisson)."""
@@ -83,12 +86,12 @@ class Store:
             )
         if self.lines:
             self._require_same(load_run(folder))
-        atomic_write_text(folder / "run.json", json.dumps(self.settings, indent=1) + "\n")
         self._file: TextIO | None = None
+        self.update({})
 
     def _require_same(self, before: Mapping[str, Any]) -> None:
         """Levels, rounds and arms may be added to; the rest decides what is compared."""
-        for key in sorted({*before, *self.settings} - {"levels", "rounds", "arms", "servers"}):
+        for key in sorted({*before, *self.settings} - _MAY_CHANGE):
             old, new = before.get(key), self.settings.get(key)
             if old != new:
                 raise UsageError(
@@ -104,6 +107,12 @@ class Store:
                     hint="give the same options, or choose another --out",
                 )
         self.settings["arms"] = [*self.settings.get("arms", []), *arms.values()]
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Write ``run.json``, with these settings changed."""
+        self.settings.update(values)
+        text = json.dumps(self.settings, indent=1, ensure_ascii=False)
+        atomic_write_text(self.folder / "run.json", text + "\n")
 
     def done(self, key: Pass) -> set[str]:
         """Ids of the prompts of a pass that need not be asked again."""

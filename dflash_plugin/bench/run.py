@@ -1,4 +1,4 @@
-"""The passes of a benchmark over running servers, each written down as it is measured."""
+"""The passes of a benchmark, each written down as it is measured."""
 
 from __future__ import annotations
 
@@ -10,43 +10,31 @@ from typing import Any
 from tqdm import tqdm
 
 from ..acceptance import AcceptanceStats
-from ..backends.server import ServerClient
 from ..errors import RequestError
 from . import load
-from .client import Answer, Client, Sampling
+from .client import Answer, Sampling
 from .datasets import Item
 from .plan import Plan
 from .records import Level, Pass, Store
+from .sides import Side
 
 WARM_UP_TOKENS = 16
 
 
-def require_model(url: str, model: str | None) -> str:
-    """The name to ask a server for; without ``model`` the one model that it serves.
-
-    Raises:
-        RequestError: no server there, or it does not serve that model.
-    """
-    served = ServerClient(url, model or "").models()
-    if model is None and len(served) == 1:
-        return served[0]
-    if model not in served:
-        raise RequestError(
-            f"{url}: serves {', '.join(served) or 'nothing'}, not {model}",
-            hint="give --model one of these names",
-        )
-    return model
+def todo(plan: Plan, store: Store) -> bool:
+    """Whether anything of the plan is not in the store yet."""
+    return any(
+        item.id not in store.done(Pass(dataset.name, str(level), number, arm.name))
+        for dataset in plan.datasets
+        for level in plan.levels
+        for number in plan.numbers
+        for arm in plan.arms
+        for item in dataset.items
+    )
 
 
-def measure(
-    plan: Plan, urls: Mapping[str, str], models: Mapping[str, str], store: Store,
-    *, timeout: float, stall: float,
-) -> None:  # fmt: skip
-    """Run what of the plan is not in the store yet.
-
-    Args:
-        urls, models: address and model name of each arm's server.
-        timeout, stall: see :class:`.client.Client`.
+def measure(plan: Plan, sides: Mapping[str, Side], store: Store) -> None:
+    """Run what of the plan is not in the store yet; ``sides``: by the arm's name.
 
     Raises:
         RequestError: a server is gone, or refuses the warm-up; what was measured is kept.
@@ -57,7 +45,7 @@ def measure(
         warm: set[tuple[str, str]] = set()
         for dataset in plan.datasets:
             for level in plan.levels:
-                for number in range(plan.rounds):
+                for number in plan.numbers:
                     for arm in plan.order(number):
                         key = Pass(dataset.name, str(level), number, arm.name)
                         done = store.done(key)
@@ -65,10 +53,9 @@ def measure(
                         left = [item for item in dataset.items if item.id not in done]
                         if not left:
                             continue
-                        client = ServerClient(urls[arm.name], models[arm.name])
-                        one = _One(client, plan, level, store, key, bar)
+                        one = _One(sides[arm.name], plan, level, store, key, bar)
                         cold = (arm.name, str(level)) not in warm
-                        asyncio.run(one.run(left, timeout=timeout, stall=stall, warm_up=cold))
+                        asyncio.run(one.run(left, warm_up=cold))
                         warm.add((arm.name, str(level)))
 
 
@@ -77,42 +64,38 @@ class _One:
 
     def __init__(  # noqa: PLR0917 - all of them are needed and none is optional
         self,
-        server: ServerClient,
+        side: Side,
         plan: Plan,
         level: Level,
         store: Store,
         key: Pass,
         bar: tqdm[Any],
     ) -> None:
-        self.server, self.plan, self.level, self.store, self.key = server, plan, level, store, key
+        self.side, self.plan, self.level, self.store, self.key = side, plan, level, store, key
         self.bar, self.segment = bar, store.segment()
 
-    async def run(
-        self, items: Sequence[Item], *, timeout: float, stall: float, warm_up: bool
-    ) -> None:
+    async def run(self, items: Sequence[Item], *, warm_up: bool) -> None:
         plan, level = self.plan, self.level
-        async with Client(
-            self.server.base_url, self.server.model, timeout=timeout, stall=stall
-        ) as client:
+        async with self.side.client() as client:
             if warm_up:
                 await self._warm_up(client, items[: level.concurrency or 1])
-            before = self._counters()
+            before = self.side.acceptance()
             wall = await load.run(client, items, level, plan.sampling, self.note, seed=plan.seed)
-        stats = _difference(before, self._counters())
+        stats = _difference(before, self.side.acceptance())
         self.store.append(
             "pass", self.key,
             {"segment": self.segment, "wall": wall,
              "acceptance": stats.to_dict() if stats is not None else None},
         )  # fmt: skip
 
-    async def _warm_up(self, client: Client, items: Sequence[Item]) -> None:
+    async def _warm_up(self, client: load.Answers, items: Sequence[Item]) -> None:
         """Untimed: what an engine does once is done. A first error is the user's to see."""
         short = Sampling(**{**asdict(self.plan.sampling), "max_tokens": WARM_UP_TOKENS})
 
         def note(_item: Item, _turn: int, _start: float, answer: Answer) -> None:
             if answer.error is not None:
                 raise RequestError(
-                    f"{self.key.arm}: {self.server.base_url}: the warm-up failed: "
+                    f"{self.key.arm}: {self.side.label}: the warm-up failed: "
                     f"{answer.error} {answer.detail}",
                     hint="see the server's log",
                 )
@@ -132,13 +115,6 @@ class _One:
         )  # fmt: skip
         if last:
             self.bar.update()
-
-    def _counters(self) -> AcceptanceStats | None:
-        """The server's counters; None where it has none."""
-        try:
-            return self.server.acceptance()
-        except RequestError:
-            return None
 
 
 def _difference(

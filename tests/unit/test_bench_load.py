@@ -11,6 +11,7 @@ from bench_server import items, plan, stub
 
 from dflash_plugin.bench import analysis, load, records, run
 from dflash_plugin.bench.client import Answer, Client, Sampling
+from dflash_plugin.bench.sides import ServerSide
 from dflash_plugin.errors import RequestError, UsageError
 
 SAMPLING = Sampling(8)
@@ -196,7 +197,8 @@ def test_ctrl_c_notes_what_was_under_way():
 def measured(tmp_path, what, urls, *, resume=False):
     store = records.Store(tmp_path, what.settings({}), resume=resume)
     with store:
-        run.measure(what, urls, dict.fromkeys(urls, "stub"), store, timeout=20, stall=5)
+        sides = {name: ServerSide(url, "stub", timeout=20, stall=5) for name, url in urls.items()}
+        run.measure(what, sides, store)
     return store
 
 
@@ -284,9 +286,9 @@ def test_the_warm_up_shows_a_server_that_refuses(tmp_path):
 
 def test_a_wrong_model_name_says_what_is_served():
     with stub() as url:
-        assert run.require_model(url, None) == "stub"
+        assert ServerSide(url, None, timeout=1, stall=1).model == "stub"
         with pytest.raises(RequestError, match="serves stub, not other"):
-            run.require_model(url, "other")
+            ServerSide(url, "other", timeout=1, stall=1)
 
 
 def test_run_json_names_what_decides_the_numbers(tmp_path):
