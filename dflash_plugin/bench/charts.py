@@ -87,14 +87,14 @@ def _speedup(summary: Summary, dataset: str, title: str) -> str | None:
         return None
     with mpl.rc_context(_RC):
         figure, axes = _axes("concurrency", "speed-up over no speculation")
-        for i, arm in enumerate(arms):
+        for arm in arms:
             points = [(c, row["speedup"][arm]) for c, row in levels if arm in row["speedup"]]
             middle = [p["median"] for _, p in points]
             spread = [
                 [m - p["min"] for m, (_, p) in zip(middle, points, strict=True)],
                 [p["max"] - m for m, (_, p) in zip(middle, points, strict=True)],
             ]
-            colour, marker, dash = _STYLES[i % len(_STYLES)]
+            colour, marker, dash = _style(summary, arm)
             axes.errorbar([c for c, _ in points], middle, yerr=spread, color=colour,
                           marker=marker, linestyle=dash, capsize=3, label=arm)  # fmt: skip
         _one(axes)
@@ -112,12 +112,13 @@ def _latency(summary: Summary, dataset: str, title: str) -> str | None:
     with mpl.rc_context(_RC):
         figure, axes = _axes(f"seconds, at {words(level)}", "share of requests")
         drawn = False
-        for i, (arm, row) in enumerate(levels[level]["arms"].items()):
+        for arm, row in levels[level]["arms"].items():
             values = row["latencies"]
-            colour, _, dash = _STYLES[i % len(_STYLES)]
+            colour, _, dash = _style(summary, arm)
             if values:
-                shares = [(n + 1) / len(values) for n in range(len(values))]
-                axes.step(values, shares, where="post", color=colour, linestyle=dash, label=arm)
+                shares = [n / len(values) for n in range(len(values) + 1)]
+                axes.step([values[0], *values], shares, where="post", color=colour,
+                          linestyle=dash, label=arm)  # fmt: skip
                 drawn = True
         axes.set_ylim(0, 1.02)
         axes.set_xlim(left=0)
@@ -130,13 +131,13 @@ def _trade(summary: Summary, dataset: str, title: str) -> str | None:
     with mpl.rc_context(_RC):
         figure, axes = _axes("median inter-token latency, ms", "tokens per second")
         drawn = False
-        for i, arm in enumerate(_names(list(levels.items()), "arms")):
+        for arm in _names(list(levels.items()), "arms"):
             rows = [(name, row["arms"][arm]) for name, row in levels.items() if arm in row["arms"]]
             rows = [(n, r) for n, r in rows if r["itl_ms"] and r["tokens_per_second"]]
             if not rows:
                 continue
             drawn = True
-            colour, marker, dash = _STYLES[i % len(_STYLES)]
+            colour, marker, dash = _style(summary, arm)
             x, y = [r["itl_ms"]["p50"] for _, r in rows], [r["tokens_per_second"] for _, r in rows]
             axes.plot(x, y, color=colour, marker=marker, linestyle=dash, label=arm)
             for (name, _), at, up in zip(rows, x, y, strict=True):
@@ -158,7 +159,7 @@ def _histogram(summary: Summary, dataset: str, title: str) -> str | None:
         for i, (arm, row) in enumerate(arms.items()):
             shares = [count / row["drafts"] for count in row["histogram"]]
             at = [n + 1 + (i - (len(arms) - 1) / 2) * width for n in range(len(shares))]
-            axes.bar(at, shares, width, color=_STYLES[i % len(_STYLES)][0], label=arm,
+            axes.bar(at, shares, width, color=_style(summary, arm)[0], label=arm,
                      hatch=("", "//", "..", "xx")[i % 4], edgecolor="white")  # fmt: skip
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="x", visible=False)
@@ -172,8 +173,8 @@ def _positions(summary: Summary, dataset: str, title: str) -> str | None:
         return None
     with mpl.rc_context(_RC):
         figure, axes = _axes("drafted position", "share of steps that accept it")
-        for i, (arm, row) in enumerate(arms.items()):
-            colour, marker, dash = _STYLES[i % len(_STYLES)]
+        for arm, row in arms.items():
+            colour, marker, dash = _style(summary, arm)
             shares = row["rate_per_position"]
             axes.plot(range(1, len(shares) + 1), shares, color=colour, marker=marker,
                       linestyle=dash, label=arm)  # fmt: skip
@@ -193,13 +194,19 @@ def _context(summary: Summary, dataset: str, title: str) -> str | None:
         return None
     with mpl.rc_context(_RC):
         figure, axes = _axes("context length, tokens", "tokens per step")
-        for i, (arm, rows) in enumerate(arms.items()):
-            colour, marker, dash = _STYLES[i % len(_STYLES)]
+        for arm, rows in arms.items():
+            colour, marker, dash = _style(summary, arm)
             axes.plot([f"{row['from']}–{row['to']}" for row in rows], [row["al"] for row in rows],
                       color=colour, marker=marker, linestyle=dash, label=arm)  # fmt: skip
         axes.set_ylim(bottom=1)
         axes.legend()
         return _svg(figure, title)
+
+
+def _style(summary: Summary, arm: str) -> tuple[str, str, str]:
+    """Colour, marker and dashes of an arm, the same in every chart."""
+    names = summary["arms"]
+    return _STYLES[(names.index(arm) if arm in names else len(names)) % len(_STYLES)]
 
 
 def words(level: str) -> str:
@@ -220,7 +227,7 @@ def _names(levels: Sequence[tuple[Any, Mapping[str, Any]]], field: str) -> list[
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+    figure = Figure(figsize=(4.4, 3.1), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x)
     axes.set_ylabel(y)
