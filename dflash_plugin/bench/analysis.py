@@ -60,7 +60,7 @@ def summarise(
         for level in sorted(levels, key=_level_order):
             levels[level] = _level(rounds, dataset, level, objective or Objective())
         datasets[dataset] = {name: levels[name] for name in sorted(levels, key=_level_order)}
-    requests = [line for line in lines if line["type"] == "request"]
+    requests = [line for some in rounds.values() for line in final(some)]
     return {
         "objective": vars(objective) if objective else None,
         "datasets": datasets,
@@ -107,7 +107,7 @@ def arm_numbers(taken: Sequence[Sequence[Line]], objective: Objective) -> dict[s
     Latencies (``ttft_ms``, ``itl_ms``, ``latency_s``) are percentiles over the requests
     that succeeded, or None.
     """
-    lines = [line for some in taken for line in some if line["type"] == "request"]
+    lines = [line for some in taken for line in final(some)]
     good = [line for line in lines if line["error"] is None]
     rates = [value for some in taken if (value := rate(some)) is not None]
     seconds = sum(wall(some) for some in taken)
@@ -118,7 +118,7 @@ def arm_numbers(taken: Sequence[Sequence[Line]], objective: Objective) -> dict[s
         "ok": len(good),
         "errors": dict(Counter(line["error"] for line in lines if line["error"])),
         "interrupted_passes": sum(_interrupted(some) for some in taken),
-        "tokens": sum(line["tokens"] for line in lines),
+        "tokens": sum(line["tokens"] for some in taken for line in some if "tokens" in line),
         "tokens_per_second": statistics.median(rates) if rates else None,
         "requests_per_second": len(good) / seconds if seconds else None,
         "goodput": sum(map(objective.met, good)) / seconds if seconds else None,
@@ -127,6 +127,17 @@ def arm_numbers(taken: Sequence[Sequence[Line]], objective: Objective) -> dict[s
         "latency_s": percentiles([line["seconds"] for line in good]),
         "latencies": sorted(round(line["seconds"], 4) for line in good),
     }
+
+
+def final(lines: Sequence[Line]) -> list[Line]:
+    """The requests of a pass, without those that were cut off and later made again."""
+    good = {(n["id"], n["turn"]) for n in lines if n["type"] == "request" and n["error"] is None}
+    return [
+        line
+        for line in lines
+        if line["type"] == "request"
+        and not (line["error"] in LOST and (line["id"], line["turn"]) in good)
+    ]
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:

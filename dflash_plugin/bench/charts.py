@@ -178,7 +178,7 @@ def _positions(summary: Summary, dataset: str, title: str) -> str | None:
             shares = row["rate_per_position"]
             axes.plot(range(1, len(shares) + 1), shares, color=colour, marker=marker,
                       linestyle=dash, label=arm)  # fmt: skip
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.05)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend()
         return _svg(figure, title)

@@ -114,6 +114,7 @@ def _at_urls(args: argparse.Namespace) -> int:
             f"{args.backend}: no server named",
             hint="--base-url URL (and --baseline-url URL for the speed-up), or --serve",
         )
+    k = _k(args)
     urls = {BASE: args.baseline_url, DFLASH: args.base_url}
     urls = {name: url for name, url in urls.items() if url is not None}
     for peer in args.peer:
@@ -125,7 +126,6 @@ def _at_urls(args: argparse.Namespace) -> int:
         name: ServerSide(url, args.model, timeout=args.timeout, stall=args.stall)
         for name, url in urls.items()
     }
-    k = _k(args)
     plan = _plan(args, [Arm(name, k if name == DFLASH else None) for name in urls])
     plan = replace(plan, model=sides[DFLASH].model, draft=args.draft_model)
     version = sides[DFLASH].version()

@@ -35,7 +35,7 @@ LOST = (REFUSED, CUT_OFF, INTERRUPTED)
 """Errors that say nothing about the request: it is made again when the run is resumed."""
 
 
-_MAY_CHANGE = {"levels", "rounds", "arms", "not_run"}
+_MAY_CHANGE = {"levels", "rounds", "arms", "not_run", "began"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,11 @@ class Store:
                 hint="continue it with --resume, or choose another --out",
             )
         if self.lines:
-            self._require_same(load_run(folder))
+            before = load_run(folder)
+            self._require_same(before)
+            for key in ("began", "not_run"):
+                if key in before:
+                    self.settings.setdefault(key, before[key])
         self._file: TextIO | None = None
         self.update({})
 

@@ -128,18 +128,18 @@ def _cards(
             if last != first:
                 note += f"; {ratios[last]:.2f}x at {charts.words(last)}"
             note += f". It loses at {', '.join(map(charts.words, losing))}." if losing else "."
-            cards.append(_card(f"{dataset}: speed-up", f"{ratios[first]:.2f}x", note,
+            cards.append(_card(f"speed-up, {dataset}", f"{ratios[first]:.2f}x", note,
                                ratios[first] > 1))  # fmt: skip
         stats = summary["acceptance"].get(dataset, {}).get(DFLASH)
         if stats:
             k = stats["num_speculative_tokens"]
-            cards.append(_card(f"{dataset}: acceptance length", _number(stats["al"], 2),
+            cards.append(_card(f"acceptance length, {dataset}", _number(stats["al"], 2),
                                f"tokens a step with K {k}; 1: a useless draft."))  # fmt: skip
         same = [row["arms"].get(DFLASH, {}).get("same_tokens") for row in levels.values()]
         compared = sum(s["compared"] for s in same if s)
         if compared:
             equal = sum(s["equal"] for s in same if s)
-            cards.append(_card(f"{dataset}: same tokens", f"{equal} of {compared}",
+            cards.append(_card(f"same tokens, {dataset}", f"{equal} of {compared}",
                                "answers equal to those without speculation. In 16 bit, ties "
                                "at other batch shapes break some of them."))  # fmt: skip
     if advice:
