@@ -1,4 +1,4 @@
-"""``bench_stub.py`` as a child process, and how a test asks it."""
+"""``ci/workers/stub_server.py`` as a child process, and how a test asks it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dflash_plugin.bench.datasets import Dataset, Item
 from dflash_plugin.bench.plan import Arm, Plan
 from dflash_plugin.bench.records import Level
 
-STUB = Path(__file__).with_name("bench_stub.py")
+STUB = Path(__file__).resolve().parents[2] / "ci" / "workers" / "stub_server.py"
 
 
 @contextlib.contextmanager

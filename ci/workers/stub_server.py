@@ -1,6 +1,6 @@
-"""A lean server for the benchmark: canned streams, faults on demand; in a process of its own.
+"""A lean server for the load generator: canned streams, faults on demand; a process of its own.
 
-``python bench_stub.py '{"tokens": 64, "per_event": 1, …}'`` prints its port. Options:
+``python stub_server.py '{"tokens": 64, "per_event": 1, …}'`` prints its port. Options:
 tokens, per_event, delay (seconds between events; 0: all at once), and a fault of every
 ``fault_every``-th request: status, malformed, cut, hang, error, empty, die.
 """
