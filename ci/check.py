@@ -22,7 +22,7 @@ SETTLE = 0.25
 
 
 def run_exact(
-    base: ServerClient,
+    base: ServerClient | Mapping[str, Sequence[int]],
     dflash: ServerClient,
     prompts: Sequence[Prompt],
     *,
@@ -32,20 +32,25 @@ def run_exact(
 ) -> dict[str, Any]:
     """Every prompt on both servers, one request at a time; drafted blocks from ``record``.
 
-    The servers are expected to run in float32.
+    The servers are expected to run in float32. ``base``: a server without a draft, or its
+    answers' token ids by prompt, where they are known.
     """
     sequences = []
     before = dflash.acceptance(num_speculative_tokens)
     for prompt in tqdm(prompts, desc="check float32", unit="prompt", disable=None):
-        ids = base.chat_prompt(prompt.text)
+        ids = dflash.chat_prompt(prompt.text)
         start = _lines(record)
-        plain, fast = base.complete(ids, max_tokens), dflash.complete(ids, max_tokens)
+        if isinstance(base, Mapping):
+            plain = base[prompt.id]
+        else:
+            plain = base.complete(ids, max_tokens).token_ids
+        fast = dflash.complete(ids, max_tokens)
         sequences.append(
             {
                 "id": prompt.id,
                 "kind": prompt.kind,
                 "prompt": ids,
-                "base": list(plain.token_ids),
+                "base": list(plain),
                 "generated": list(fast.token_ids),
                 "chunk_sizes": list(fast.chunk_sizes),
                 "finish_reason": fast.finish_reason,

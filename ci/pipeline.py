@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -35,11 +34,13 @@ from .records import (
     Verdict,
     load_json,
     overall,
-    save_json,
 )
 from .serve import ServerSpec, serve_all
+from .stages import Shared, Stages
 
 CHECK, MEASURE = "check", "measure"
+SHARED = "shared"
+"""Folder of a run for what its cells have in common."""
 EXACT_DTYPE, FAST_DTYPE = "float32", "bfloat16"
 
 
@@ -50,6 +51,7 @@ class CellRun:
     cell: Cell
     plan: Plan
     folder: Path
+    shared: Path
     target: Path
     draft: Path
     reference_draft: Path
@@ -93,6 +95,35 @@ class CellRun:
             "reference_draft_sha256": self._weights[self.reference_draft],
         }
 
+    def facts(self) -> dict[str, Any]:
+        """Everything a stage's raw data depends on."""
+        return {
+            **self.settings(),
+            "target": _fingerprint(self.target),
+            "build": [self.cell.build.args, self.cell.build.env],
+            "environment": [self.environment.packages, str(self.environment.path)],
+            "reference": [self.reference.packages, str(self.reference.path)],
+        }
+
+    def base_facts(self, chosen: Sequence[prompts.Prompt], max_tokens: int) -> list[Any]:
+        """What the engine's answers without a draft depend on: not whether we are installed."""
+        build = self.cell.build
+        decisive = (build.distribution, "torch", "transformers")
+        packages = [self.environment.packages.get(name) for name in decisive]
+        asked = [[prompt.id, prompt.text] for prompt in chosen]
+        return [
+            *(self.cell.engine.id, self.cell.platform, build.args, build.env, packages),
+            *(_fingerprint(self.target), EXACT_DTYPE, max_tokens, asked),
+        ]
+
+    def replay_facts(self) -> list[Any]:
+        """What the reference's replay of given answers depends on."""
+        return [
+            *(_fingerprint(self.target), self._weights[self.reference_draft]),
+            load_json(self.reference_draft / "config.json"),
+            *(self.num_speculative_tokens, self.reference.packages, str(self.reference.path)),
+        ]
+
 
 def run_cell(
     cell: Cell,
@@ -105,13 +136,14 @@ def run_cell(
     """Run the stages of one cell and judge them.
 
     Stages write their raw data to ``<out>/cells/<cell id>/`` as they finish; with
-    ``resume`` those whose settings are unchanged are read back instead of run.
+    ``resume`` those whose settings are unchanged are read back instead of run. Cells of one
+    ``out`` share an engine's answers without a draft, and replays of the same answers.
 
     Raises:
         DFlashError: nothing was judged; use :func:`aborted` to record it.
     """
     run = prepare(cell, plan, out)
-    stage = _Stages(run, resume)
+    stage = Stages(run.folder, run.facts(), resume)
     profile, rows = plan.profile, plan.prompts_of(cell).prompts
     exact = replayed = control = speed = None
 
@@ -247,6 +279,7 @@ def prepare(cell: Cell, plan: Plan, out: Path) -> CellRun:
         cell=cell,
         plan=plan,
         folder=folder,
+        shared=make_dir(out / SHARED),
         target=target,
         draft=draft,
         reference_draft=reference_draft,
@@ -279,10 +312,18 @@ def _models(cell: Cell, overrides: Overrides) -> tuple[Path, Path]:
 
 def engine_environment(cell: Cell, overrides: Overrides) -> Environment:
     """The cell's environment: the interpreter the user named, or a built one."""
+    variant = cell.variant
     for engine_id, python in overrides.env_python:
         if engine_id == cell.engine.id:
-            return environment.adopt(python, cell.engine, cell.variant.plugin)
-    return environment.ensure_engine(cell.engine, cell.platform, plugin=cell.variant.plugin)
+            if variant.patches is not None:
+                raise UsageError(
+                    f"{cell.id}: --env-python names an engine, and this cell needs a patched one",
+                    hint="leave --env-python out: a copy of the engine is patched for the cell",
+                )
+            return environment.adopt(python, cell.engine, variant.plugin)
+    return environment.ensure_engine(
+        cell.engine, cell.platform, plugin=variant.plugin, patches=variant.patches
+    )
 
 
 def say(text: str) -> None:
@@ -291,29 +332,43 @@ def say(text: str) -> None:
 
 
 def _exact(run: CellRun, chosen: list[prompts.Prompt]) -> dict[str, Any]:
+    max_tokens = run.plan.profile.max_tokens
+    answers = Shared(run.shared, "base", run.base_facts(chosen, max_tokens))
+    plain = answers.read()
     record = run.folder / "blocks.jsonl"
     record.unlink(missing_ok=True)
-    specs = [run.server(False, EXACT_DTYPE), run.server(True, EXACT_DTYPE, record=record)]
-    with _servers(run, specs) as (base, dflash):
-        return check.run_exact(
-            base,
+    specs = [run.server(True, EXACT_DTYPE, record=record)]
+    if plain is None:
+        specs.append(run.server(False, EXACT_DTYPE))
+    with _servers(run, specs) as (dflash, *base):
+        data = check.run_exact(
+            base[0] if base else plain or {},
             dflash,
             chosen,
-            max_tokens=run.plan.profile.max_tokens,
+            max_tokens=max_tokens,
             num_speculative_tokens=run.num_speculative_tokens,
             record=record,
         )
+    if plain is None:
+        answers.keep({seq["id"]: seq["base"] for seq in data["sequences"]})
+    return data
 
 
 def _replay(run: CellRun, exact: Mapping[str, Any]) -> dict[str, Any]:
-    say(f"{run.cell.id}: the reference replays {len(exact['sequences'])} answers")
-    return replay.replay(
-        run.reference,
-        run.target,
-        run.reference_draft,
-        run.num_speculative_tokens,
-        [{k: seq[k] for k in ("id", "prompt", "generated")} for seq in exact["sequences"]],
-    )
+    sequences = [{k: seq[k] for k in ("id", "prompt", "generated")} for seq in exact["sequences"]]
+    replayed = Shared(run.shared, "replay", [*run.replay_facts(), sequences])
+    found = replayed.read()
+    if found is None:
+        say(f"{run.cell.id}: the reference replays {len(sequences)} answers")
+        found = replay.replay(
+            run.reference,
+            run.target,
+            run.reference_draft,
+            run.num_speculative_tokens,
+            sequences,
+        )
+        replayed.keep(found)
+    return found
 
 
 @contextmanager
@@ -335,51 +390,6 @@ def _lazy_servers(run: CellRun) -> Iterator[Callable[[], list[ServerClient]]]:
 @contextmanager
 def _no_servers() -> Iterator[Callable[[], list[ServerClient]]]:
     yield list
-
-
-class _Stages:
-    """Runs a stage and keeps its raw data, or reads it back."""
-
-    def __init__(self, run: CellRun, resume: bool) -> None:
-        self.folder, self.resume = run.folder, resume
-        self.facts = {
-            **run.settings(),
-            "target": _fingerprint(run.target),
-            "build": [run.cell.build.args, run.cell.build.env],
-            "environment": [run.environment.packages, str(run.environment.path)],
-            "reference": [run.reference.packages, str(run.reference.path)],
-        }
-
-    def done(self, name: str) -> bool:
-        """Whether :meth:`__call__` would only read it back."""
-        return self._kept(name, self._key(None)) is not None
-
-    def __call__(
-        self, name: str, produce: Callable[[], dict[str, Any]], *, after: object = None
-    ) -> dict[str, Any]:
-        """The stage's data; ``after`` is that of the stage it builds on."""
-        path, key = self.folder / f"{name}.json", self._key(after)
-        data = self._kept(name, key)
-        if data is not None:
-            say(f"{name}: read back from {path}")
-            return data
-        data = produce()
-        save_json(path, {"key": key, "data": data})
-        return data
-
-    def _key(self, after: object) -> str:
-        facts = json.dumps([self.facts, after], sort_keys=True)
-        return hashlib.sha256(facts.encode()).hexdigest()
-
-    def _kept(self, name: str, key: str) -> dict[str, Any] | None:
-        path = self.folder / f"{name}.json"
-        if not self.resume or not path.exists():
-            return None
-        kept = load_json(path)
-        if not isinstance(kept, dict) or kept.get("key") != key:
-            return None
-        data: dict[str, Any] | None = kept.get("data")
-        return data
 
 
 def _local(path: Path) -> Path:

@@ -196,8 +196,12 @@ class DraftModel(nn.Module):
         k: int,
         embed: Callable[[mx.array], mx.array],
         head: Callable[[mx.array], mx.array],
+        *,
+        model_type: str = "",
     ) -> mx.array:
         """Logits [k, vocab] of the ``k`` tokens after ``known``.
+
+        ``model_type``: the target's, for what the draft's config leaves to it.
 
         Raises:
             PairMismatchError: ``k`` is more than the block has room for.
@@ -205,7 +209,7 @@ class DraftModel(nn.Module):
         config, start = self.config, cache.length
         check_block(config, k)
         x = embed(mx.array([[known] + [config.mask_token_id] * k]))
-        wide, x = x.dtype, x.astype(self.dtype) * config.input_embedding_scale
+        wide, x = x.dtype, x.astype(self.dtype) * config.embedding_scale(model_type)
         masks = {kind: _mask(kind, start, k + 1) for kind in set(config.layers)}
         for i, layer in enumerate(self.layers):
 

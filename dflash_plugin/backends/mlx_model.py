@@ -141,7 +141,9 @@ class _State:
         """One draft and one verify."""
         draft, context, target = self.draft, self.context, self.target
         assert draft is not None and context is not None
-        offered = draft.logits(context, row.last, k, target.embed, target.head)
+        offered = draft.logits(
+            context, row.last, k, target.embed, target.head, model_type=target.name
+        )
         chosen, drawn_from = sampler.draft(offered)
         drafted: list[int] = chosen.tolist()
         logits, taps, calls = target.forward(self.cache, [row.last, *drafted])

@@ -181,8 +181,12 @@ class DFlashDraftModel(nn.Module):
         k: int,
         embed: Tensor,
         head: Callable[[Tensor], Tensor],
+        *,
+        model_type: str = "",
     ) -> Tensor:
         """Logits [rows, k, vocab] of the ``k`` tokens after each row's ``known``.
+
+        ``model_type``: the target's, for what the draft's config leaves to it.
 
         Raises:
             PairMismatchError: ``k`` is more than the block has room for.
@@ -195,7 +199,7 @@ class DFlashDraftModel(nn.Module):
         positions = cache.places.begin(0, cache.lengths, k + 1, self.device)
         rotary = self._rotation(cache.places.host)
         masks = self._masks(positions, cache)
-        x = embedding(block, embed) * config.input_embedding_scale
+        x = embedding(block, embed) * config.embedding_scale(model_type)
         for i, buffer in enumerate(cache.buffers):
             x = x + self._attention(i, x, rotary, buffer, masks[config.layers[i]])
             x = x + self._mlp(i, x)

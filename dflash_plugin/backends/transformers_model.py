@@ -191,7 +191,9 @@ def _step(state: _State, live: list[Row], sampler: Sampler, k: int) -> list[Step
     target, draft, context, places = state.target, state.draft, state.context, state.rows
     assert draft is not None and context is not None
     known = [row.last for row in live]
-    offered = draft.logits(context, known, k, target.embedding, target.head)
+    offered = draft.logits(
+        context, known, k, target.embedding, target.head, model_type=target.config.model_type
+    )
     drafted, drawn_from = sampler.draft(offered)
     blocks = [[token, *more] for token, more in zip(known, drafted, strict=True)]
     output, undo = target.forward(state.cache, places, blocks, keep=k + 1)

@@ -23,7 +23,7 @@ from ..errors import (
     UsageError,
     run_cli,
 )
-from ..pair import DraftConfig, preflight, require
+from ..pair import DraftConfig, TargetConfig, preflight, require
 
 if TYPE_CHECKING:
     from .model import DraftModel
@@ -208,7 +208,10 @@ def _load_pair(options: argparse.Namespace) -> tuple[HFTarget, DraftModel, int]:
     config = DraftConfig.from_dir(options.draft)
     dtype = getattr(torch, options.dtype)
     target = HFTarget.load(options.target, config.target_layer_ids, dtype=dtype)
-    draft = DraftModel.load(options.draft, target.embedding, target.head, dtype=dtype)
+    model_type = TargetConfig.from_dir(options.target).model_type
+    draft = DraftModel.load(
+        options.draft, target.embedding, target.head, model_type=model_type, dtype=dtype
+    )
     return target, draft, config.max_speculative_tokens if options.k is None else options.k
 
 

@@ -115,10 +115,13 @@ class DraftModel:
         embedding: Tensor,
         head: Tensor,
         *,
+        model_type: str = "",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> DraftModel:
         """Read ``config.json`` and the safetensors files of ``folder``.
+
+        ``model_type``: the target's, for what the draft's config leaves to it.
 
         Raises:
             ModelNotFoundError: no such folder or file.
@@ -129,7 +132,7 @@ class DraftModel:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        config = DraftConfig.from_dir(folder)
+        config = DraftConfig.from_dir(folder).for_target(model_type)
         check_supported(config)
         check_tensors(folder, config.tensor_shapes())
         weights: dict[str, Tensor] = {}

@@ -8,6 +8,7 @@ vllm-project/vllm-xpu-kernels#573); on the CPU it is open.
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -26,21 +27,28 @@ def kernel_is_wrong(ops: Any) -> bool:
 
 
 def apply(module: ModuleType) -> str:
-    """Give ``DFlashQwen3Model`` a loop over layers where the kernel needs it."""
+    """Give ``DFlashQwen3Model`` a loop over layers where the kernel needs it.
+
+    The kernel is asked when a draft first needs it: in processes without one, torch's first
+    operation would be most of what this package costs.
+    """
     import torch
 
     ops = module.ops
-    if not kernel_is_wrong(ops):
-        return "not needed, this kernel takes one weight row per layer"
+    model = module.DFlashQwen3Model
+    published = model._normalize_context_k
+    wrong = functools.cache(lambda: kernel_is_wrong(ops))
 
     def _normalize_context_k(self: Any, all_k: Any) -> Any:
         # all_k: [layers, tokens, kv_heads, head_dim]; weights: [layers, head_dim]
+        if not wrong():
+            return published(self, all_k)
         normed = torch.empty_like(all_k)
         for out, keys, weight in zip(normed, all_k, self._k_norm_weights, strict=True):
             ops.rms_norm(out, keys, weight, self._rms_norm_eps)
         return normed
 
-    module.DFlashQwen3Model._normalize_context_k = _normalize_context_k
+    model._normalize_context_k = _normalize_context_k
     return "context keys are normalised with each draft layer's own weight"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from types import ModuleType
 from typing import Any
 
@@ -115,11 +116,13 @@ def plan(metadata: Any, window: int | None, schedule: Any) -> list[Rows]:
 
 
 def apply(module: ModuleType) -> str:
-    """Run non-causal decoder attention through the causal kernel where that is needed."""
+    """Run non-causal decoder attention through the causal kernel where that is needed.
+
+    The kernel is asked when a draft first needs it, not in processes without one.
+    """
     import torch
 
-    if not kernel_is_wrong(module):
-        return "not needed, this kernel stops at the end of a sequence"
+    wrong = functools.cache(lambda: kernel_is_wrong(module))
     impl = module.CPUAttentionBackendImpl
     published = impl.forward
     envs = getattr(module, "envs", None)  # below 0.20 the schedule has no setting
@@ -129,7 +132,7 @@ def apply(module: ModuleType) -> str:
         self, layer, query, key, value, kv_cache, attn_metadata, output=None, *args, **kwargs
     ):
         usual = attn_metadata is None or attn_metadata.causal
-        if usual or self.attn_type != module.AttentionType.DECODER:
+        if usual or self.attn_type != module.AttentionType.DECODER or not wrong():
             return published(
                 self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
             )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..pair import target_embedding_scale
 from . import Shim
 
 
@@ -30,8 +31,7 @@ def embedding_scale(draft: Any, target: Any) -> float:
     own = stated(draft, "input_embedding_scale")
     if own is not None:
         return own
-    gemma = str(getattr(target, "model_type", "")).startswith("gemma")
-    return float(target.hidden_size) ** 0.5 if gemma else 1.0
+    return target_embedding_scale(str(getattr(target, "model_type", "")), target.hidden_size)
 
 
 def apply(module: Any) -> str:

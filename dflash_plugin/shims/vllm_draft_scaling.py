@@ -1,8 +1,6 @@
 """vLLM's DFlash model ignores a draft's embedding scale and logit soft cap.
 
-Gemma multiplies embeddings by a constant outside the table that a draft shares with it,
-and bounds its logits. A draft's config says so in ``dflash_config.input_embedding_scale``
-and ``final_logit_softcapping``; without the scale its inputs are far too small.
+As ``draft-scale``, for the model of these releases: it has another ``embed_input_ids``.
 """
 
 from __future__ import annotations
@@ -11,29 +9,25 @@ from types import ModuleType
 from typing import Any
 
 from . import Shim
-
-
-def stated(config: Any, name: str) -> float | None:
-    """A number from ``dflash_config`` or, failing that, the config itself."""
-    value = (getattr(config, "dflash_config", None) or {}).get(name)
-    value = getattr(config, name, None) if value is None else value
-    return None if value is None else float(value)
+from .vllm_draft_scale import embedding_scale, stated
 
 
 def apply(module: ModuleType) -> str:
-    """Scale embeddings and cap logits where the draft's config says so."""
+    """Scale embeddings and cap logits as the draft's config says, or its target does."""
     model, head = module.DFlashQwen3Model, module.DFlashQwen3ForCausalLM
     published_embed, published_init = model.embed_input_ids, head.__init__
 
     def embed_input_ids(self: Any, input_ids: Any) -> Any:
         embedded = published_embed(self, input_ids)
-        scale = stated(self.config, "input_embedding_scale")
-        return embedded if scale in (None, 1.0) else embedded * scale
+        scale = self.input_embedding_scale
+        return embedded if scale == 1 else embedded * scale
 
     # The engine looks at the signature to know how old a model's code is.
     def __init__(self: Any, *, vllm_config: Any, prefix: str = "") -> None:  # noqa: N807
         published_init(self, vllm_config=vllm_config, prefix=prefix)
-        self.logits_processor.soft_cap = stated(self.config, "final_logit_softcapping") or None
+        target = vllm_config.model_config.hf_text_config
+        self.model.input_embedding_scale = embedding_scale(self.config, target)
+        self.logits_processor.soft_cap = stated(self.config, "final_logit_softcapping")
 
     model.embed_input_ids = embed_input_ids
     head.__init__ = __init__

@@ -24,6 +24,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from ..errors import UnsupportedEngineError
 from .vllm_block_inputs import Block, block, slots
+from .vllm_draft_lora import unwrapped
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class DFlashProposer(EagleProposer):
         target = target_model
         if supports_multimodal(target_model):
             target = target_model.get_language_model()
-        self.model.embed_tokens = target.model.embed_tokens
+        # Without the target's LoRA adapters, whose rows are those of its own batch.
+        self.model.embed_tokens = unwrapped(target.model.embed_tokens)
         # A target with tied embeddings may have no head of its own.
-        self.model.lm_head = getattr(target, "lm_head", target.model.embed_tokens)
+        self.model.lm_head = unwrapped(getattr(target, "lm_head", target.model.embed_tokens))
 
     def initialize_attn_backend(
         self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None

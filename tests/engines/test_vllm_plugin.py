@@ -60,6 +60,42 @@ def test_context_k_norm_is_still_needed(stock_env: Environment) -> None:
     assert done.stdout.split()[-2:] == ["True", "True"], done.stdout + done.stderr
 
 
+LORA = """
+import sys
+sys.path.insert(0, {root!r})
+from types import SimpleNamespace
+import torch
+import vllm.v1.spec_decode.llm_base_proposer as m
+from dflash_plugin.shims.vllm_draft_lora import SHIM
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+    weight = property(lambda self: self.base_layer.weight)
+
+def shared():
+    # Which of the target's two a draft without its own embedding is given.
+    own, target = (SimpleNamespace(embed_tokens=torch.nn.Embedding(4, 2)) for _ in range(2))
+    target.embed_tokens = Wrapped(target.embed_tokens)
+    draft = SimpleNamespace(has_own_embed_tokens=False, model=own)
+    proposer = SimpleNamespace(method="dflash", model=draft)
+    m.SpecDecodeBaseProposer._maybe_share_embeddings(proposer, SimpleNamespace(model=target))
+    return "table" if own.embed_tokens is target.embed_tokens.base_layer else "wrapper"
+
+m.get_pp_group = lambda: SimpleNamespace(world_size=1)
+print(shared())
+SHIM.apply(m)
+print(shared())
+"""
+
+
+def test_lora_dies_without_the_repair(stock_env: Environment) -> None:
+    """Fails once the engine shares the table without its wrapper: then the shim is to go."""
+    done = python(stock_env, "-c", LORA.format(root=str(Path(__file__).parents[2])))
+    assert done.stdout.split()[-2:] == ["wrapper", "table"], done.stdout + done.stderr
+
+
 @pytest.fixture
 def port() -> int:
     with socket.socket() as probe:

@@ -188,6 +188,7 @@ class OracleDraft:
         k: int,
         _embed: Tensor,
         _head: Any,
+        **_: Any,
     ) -> Tensor:
         logits = torch.zeros(len(known), k, VOCAB)
         for row, (text, length, token) in enumerate(

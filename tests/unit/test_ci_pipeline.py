@@ -329,9 +329,28 @@ def test_replay_is_repeated_for_other_answers(fake: Fake) -> None:
     assert fake.main("check", STOCK) == 0
     first = fake.stage("replay.json").stat().st_mtime_ns
     fake.stage("exact.json").unlink()
+    next((fake.out / "shared").glob("base-*.json")).unlink()
     fake.faults({"fault": "wrong_token", "index": 2})
     assert fake.main("check", STOCK, "--resume") == 0
     assert fake.stage("replay.json").stat().st_mtime_ns > first
+    assert len(list((fake.out / "shared").glob("replay-*.json"))) == 2
+
+
+def test_cells_of_one_run_share_the_answers_without_a_draft(fake: Fake) -> None:
+    """Stock's are the plugin's too, and the replay of the same answers."""
+    assert fake.main("check", STOCK, PLUGIN) == 0
+    assert fake.stage("server-base-float32.log").exists()
+    assert not fake.stage("server-base-float32.log", PLUGIN).exists()
+    first, second = fake.report()
+    assert first["raw"]["exact"]["sequences"][0]["base"]
+    assert _statuses(first)[:2] == _statuses(second)[:2] == ["passed", "passed"]
+    assert len(list((fake.out / "shared").iterdir())) == 2
+
+
+def test_a_new_run_takes_nothing_from_an_earlier_one(fake: Fake) -> None:
+    assert fake.main("check", STOCK) == 0
+    fake.faults({"fault": "wrong_token", "index": 2})  # in both arms: equal, and other answers
+    assert fake.main("check", STOCK) == 0
 
 
 # --- what is passed on ---------------------------------------------------------------------

@@ -218,7 +218,7 @@ class TiltedDraft(replicas.OracleDraft):
     def new_cache(self, rows: int = 1) -> Any:
         return replicas.OracleCache([()] * rows)
 
-    def logits(self, cache, known, k, _embed, _head):
+    def logits(self, cache, known, k, _embed, _head, **_):
         return self._logits.expand(len(known), k, -1)
 
 

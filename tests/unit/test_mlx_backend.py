@@ -92,7 +92,7 @@ class OracleDraft:
     def append(self, cache: Any, taps: Any) -> None:
         assert taps.shape[-1] == len(TAPS) * replicas.HIDDEN
 
-    def logits(self, cache: Any, known: int, k: int, _embed: Any, _head: Any) -> Any:
+    def logits(self, cache: Any, known: int, k: int, _embed: Any, _head: Any, **_: Any) -> Any:
         (text,) = {tuple(t) for t in self.texts if t[cache.length : cache.length + 1] == [known]}
         rows = torch.zeros(k, replicas.VOCAB)
         for place in range(k):
@@ -133,7 +133,8 @@ def test_blocks_are_the_references(pairs, name):
     torch_model, model = pairs(name)
     config, weights = random_draft()
     hf = HFTarget(torch_model, TAPS)
-    oracle = reference.DraftModel(config, weights, hf.embedding, hf.head)
+    suited = config.for_target(hf.config.model_type)
+    oracle = reference.DraftModel(suited, weights, hf.embedding, hf.head)
     pair = load(model, draft())
     for length in (5, 31):
         ids = replicas.prompt(length, length)
@@ -307,7 +308,7 @@ def test_samples_are_distributed_as_the_target_alone_draws(pairs, setting):
     near = mx.array(logits([*ids, likely])[0].numpy())
 
     class Tilted(OracleDraft):
-        def logits(self, cache, known, k, _embed, _head):
+        def logits(self, cache, known, k, _embed, _head, **_):
             return mx.broadcast_to(near, (k, replicas.VOCAB))
 
     expected = {

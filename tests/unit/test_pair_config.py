@@ -149,6 +149,20 @@ def test_embedding_scale_and_softcap_are_found_in_both_places(place):
     assert (draft.input_embedding_scale, draft.final_logit_softcapping) == (4.0, 30.0)
 
 
+@pytest.mark.parametrize(
+    ("fields", "model_type", "expected"),
+    [
+        ({}, "gemma4_text", 16**0.5),
+        ({}, "qwen3", 1.0),
+        ({"input_embedding_scale": 1.0}, "gemma4_text", 1.0),
+        ({"dflash": {"input_embedding_scale": 3.0}}, "gemma4_text", 3.0),
+        ({"dflash": {"input_embedding_scale": 3.0}}, "llama", 3.0),
+    ],
+)
+def test_a_gemma_target_scales_what_the_draft_says_nothing_of(fields, model_type, expected):
+    assert parse(draft_json(hidden_size=16, **fields)).embedding_scale(model_type) == expected
+
+
 def test_biases_are_tensors():
     shapes = parse(draft_json(attention_bias=True)).tensor_shapes()
     assert len(shapes) == 3 + 2 * (PER_LAYER + 4)

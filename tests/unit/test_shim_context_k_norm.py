@@ -54,7 +54,11 @@ def a_row_each(out, x, weight, eps):
 
 
 def engine_module(rms_norm) -> ModuleType:
-    """The engine's module with that kernel, not imported from anywhere."""
+    """The engine's module with that kernel, not imported from anywhere; ``calls``: shapes seen."""
+
+    def recorded(out, x, weight, eps):
+        module.calls.append(tuple(x.shape))
+        rms_norm(out, x, weight, eps)
 
     class DFlashQwen3Model:
         def _normalize_context_k(self, all_k):
@@ -63,7 +67,8 @@ def engine_module(rms_norm) -> ModuleType:
             return out
 
     module = ModuleType("fake_qwen3_dflash")
-    module.ops = SimpleNamespace(rms_norm=rms_norm)
+    module.calls = []
+    module.ops = SimpleNamespace(rms_norm=recorded)
     module.DFlashQwen3Model = DFlashQwen3Model
     return module
 
@@ -108,11 +113,20 @@ def test_the_repair_takes_any_number_of_tokens(keys, tokens):
 
 def test_a_right_kernel_is_left_alone(keys):
     module = engine_module(a_row_each)
-    before = module.DFlashQwen3Model._normalize_context_k
-    assert "not needed" in repair.apply(module)
-    assert module.DFlashQwen3Model._normalize_context_k is before
+    repair.apply(module)
     model = with_weights(module.DFlashQwen3Model())
     assert torch.allclose(model._normalize_context_k(keys), expected(model, keys))
+    assert module.calls.count(tuple(keys.shape)) == 1  # all layers at once, as published
+
+
+def test_the_kernel_is_asked_when_first_needed(keys):
+    module = engine_module(first_row_for_all)
+    repair.apply(module)
+    assert module.calls == []
+    model = with_weights(module.DFlashQwen3Model())
+    for _ in range(2):
+        model._normalize_context_k(keys)
+    assert len(module.calls) == 1 + 2 * LAYERS  # asked once
 
 
 def test_it_is_installed_on_the_source_it_was_written_for(tmp_path, monkeypatch, keys, caplog):

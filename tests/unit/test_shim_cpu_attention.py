@@ -26,9 +26,11 @@ def test_the_kernel_is_asked_not_assumed(wrong):
 
 def test_a_right_kernel_is_left_alone():
     module = helpers.back_end(reads_past_the_end=False)
-    before = module.CPUAttentionBackendImpl.forward
-    assert "not needed" in stale_kv.apply(module)
-    assert module.CPUAttentionBackendImpl.forward is before
+    stale_kv.apply(module)
+    made = helpers.batch(module, *BATCHES[0])
+    out = helpers.run(module.CPUAttentionBackendImpl(8), made)
+    assert torch.allclose(out, helpers.expected(made, 8), atol=1e-5)
+    assert "_dflash_plugin_plans" not in vars(made.metadata)  # nothing was split
 
 
 @pytest.mark.parametrize(("lengths", "rows"), BATCHES)
@@ -42,7 +44,8 @@ def test_rows_see_both_ways_and_nothing_stale(lengths, rows, window):
     stale_kv.apply(module)
     made = helpers.batch(module, lengths, rows)
     assert torch.allclose(helpers.run(impl, made), want, atol=1e-5)
-    assert module.stored == [sum(rows)]  # once, however many calls the rows took
+    # The token that asked the kernel; then the batch, once, however many calls its rows took.
+    assert module.stored == [1, sum(rows)]
     assert made.metadata.causal is False  # what was asked for still says so
 
 
@@ -83,7 +86,7 @@ def test_layers_of_one_shape_share_the_plan():
     )
     for window in (None, None, 8, 8):
         helpers.run(module.CPUAttentionBackendImpl(window), made)
-    assert counted == [-1, 8, 9, 10, 11]
+    assert counted == [-1, -1, 8, 9, 10, 11]  # the first asks the kernel
 
 
 @pytest.mark.parametrize("blocks_first", [False, True])

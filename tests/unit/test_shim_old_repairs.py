@@ -14,6 +14,7 @@ from dflash_plugin.shims import (
     vllm_cpu_taps,
     vllm_draft_context_end,
     vllm_draft_lookahead,
+    vllm_draft_lora,
     vllm_draft_scaling,
     vllm_tap_offset,
 )
@@ -33,6 +34,25 @@ def speculative(method="dflash", **hf):
         num_speculative_tokens=K,
         draft_model_config=SimpleNamespace(hf_config=SimpleNamespace(**hf)),
     )
+
+
+# --- LoRA --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "expected"), [("dflash", "table"), ("eagle3", "wrapper")])
+def test_drafts_embed_without_adapters(method, expected):
+    wrapper = SimpleNamespace(name="wrapper", base_layer=SimpleNamespace(name="table"))
+
+    class SpecDecodeBaseProposer:
+        def _maybe_share_embeddings(self, target_language_model):
+            self.model.model.embed_tokens = target_language_model.model.embed_tokens
+
+    vllm_draft_lora.apply(module(SpecDecodeBaseProposer=SpecDecodeBaseProposer))
+    proposer = SpecDecodeBaseProposer()
+    proposer.method, proposer.model = method, SimpleNamespace(model=SimpleNamespace())
+    proposer._maybe_share_embeddings(SimpleNamespace(model=SimpleNamespace(embed_tokens=wrapper)))
+    assert proposer.model.model.embed_tokens.name == expected
+    assert vllm_draft_lora.unwrapped(wrapper.base_layer) is wrapper.base_layer
 
 
 # --- taps ----------------------------------------------------------------------
@@ -235,23 +255,24 @@ def test_kernels_that_take_the_arguments_are_left_alone():
 # --- scaling -------------------------------------------------------------------
 
 
-def head(**config):
+def head(model_type="qwen3", **config):
     class DFlashQwen3Model:
         def embed_input_ids(self, input_ids):
             return 10.0
 
     class DFlashQwen3ForCausalLM:
         def __init__(self, *, vllm_config, prefix=""):
-            self.config = vllm_config
+            self.config = SimpleNamespace(**config)
+            self.model = DFlashQwen3Model()
             self.logits_processor = SimpleNamespace(soft_cap=None)
 
     found = module(DFlashQwen3Model=DFlashQwen3Model, DFlashQwen3ForCausalLM=DFlashQwen3ForCausalLM)
     vllm_draft_scaling.apply(found)
-    made = DFlashQwen3ForCausalLM(vllm_config=SimpleNamespace(**config), prefix="draft")
-    model = DFlashQwen3Model()
-    model.config = made.config
+    target = SimpleNamespace(model_type=model_type, hidden_size=64)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=target))
+    made = DFlashQwen3ForCausalLM(vllm_config=vllm_config, prefix="draft")
     assert "vllm_config" in inspect.signature(DFlashQwen3ForCausalLM.__init__).parameters
-    return model.embed_input_ids(None), made.logits_processor.soft_cap
+    return made.model.embed_input_ids(None), made.logits_processor.soft_cap
 
 
 @pytest.mark.parametrize(
@@ -259,6 +280,8 @@ def head(**config):
     [
         ({}, (10.0, None)),
         ({"dflash_config": None}, (10.0, None)),
+        ({"model_type": "gemma4_text"}, (80.0, None)),
+        ({"model_type": "gemma4_text", "input_embedding_scale": 1}, (10.0, None)),
         ({"dflash_config": {"input_embedding_scale": 2.5}}, (25.0, None)),
         ({"dflash_config": {"final_logit_softcapping": 30}}, (10.0, 30.0)),
         ({"final_logit_softcapping": 20.0, "input_embedding_scale": 3}, (30.0, 20.0)),

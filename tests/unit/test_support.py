@@ -74,7 +74,7 @@ def test_vllm(version, platform, level):
 
 CPU = {"context-k-norm", "cpu-expand"}
 GPU = {"mm-prefix", "triton-geometry"}
-ALL = {"draft-scale", "mixed-swa", "mixed-swa-model"}
+ALL = {"draft-scale", "draft-lora", "mixed-swa", "mixed-swa-model"}
 NEW = ("0.25.0", "0.25.1", "0.26.0", "0.27.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0",
        "0.32.0", "0.33.0")  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_a_shim_that_knows_the_published_proposer_comes_before_those_that_change
     assert found.index("swa-causal") < found.index("mixed-swa")
 
 
-OLD = {"draft-windows", "draft-scaling"}
+OLD = {"draft-windows", "draft-scaling", "draft-lora"}
 OLD_CPU = {"cpu-expand", "cpu-packed-qkv", "cpu-dflash-inputs"}
 TAPS, EARLY, SAMPLER = (
     {"tap-offset"},

@@ -66,7 +66,8 @@ def test_blocks_are_the_references(name):
     model = replicas.make_target(name)
     config, weights = random_draft()
     target = HFTarget(model, TAPS)
-    oracle = DraftModel(config, weights, target.embedding, target.head)
+    suited = config.for_target(target.config.model_type)
+    oracle = DraftModel(suited, weights, target.embedding, target.head)
     pair = load(model, DFlashDraftModel(config, weights))
     for length in LENGTHS[:2]:
         ids = replicas.prompt(length, length)
