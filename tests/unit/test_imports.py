@@ -52,8 +52,8 @@ LAYERS = {
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables; the console shows what
-# `local` generates, the benchmark measures it; a patch set is for an engine's files, whose names are known there, and is
-# written as what is in the cache.
+# `local` generates, the benchmark measures it; a patch set is for an engine's files, whose
+# names are known there, and is written as what is in the cache.
 SIDEWAYS = {
     ("pair", "pair_config"),
     ("pair_config", "config_file"),
