@@ -29,6 +29,7 @@ LAYERS = {
     "checkpoint": 1,
     "cache": 1,
     "engines": 1,
+    "hardware": 1,
     "patchset": 1,
     "support": 2,
     "hub": 2,
@@ -48,11 +49,12 @@ LAYERS = {
     "training": 4,
     "bench": 4,
     "cli": 5,
+    "benchmark": 6,
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables; the console shows what
-# `local` generates; a patch set is for an engine's files, whose names are known there, and is
-# written as what is in the cache.
+# `local` generates, the benchmark measures it; a patch set is for an engine's files, whose
+# names are known there, and is written as what is in the cache.
 SIDEWAYS = {
     ("pair", "pair_config"),
     ("pair_config", "config_file"),
@@ -60,6 +62,7 @@ SIDEWAYS = {
     ("matrix", "toml_table"),
     ("draft_math", "pair"),
     ("console", "local"),
+    ("bench", "local"),
     ("patchset", "engines"),
     ("patchset", "cache"),
 }
