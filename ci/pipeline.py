@@ -337,10 +337,10 @@ def _exact(run: CellRun, chosen: list[prompts.Prompt]) -> dict[str, Any]:
     plain = answers.read()
     record = run.folder / "blocks.jsonl"
     record.unlink(missing_ok=True)
-    specs = [run.server(True, EXACT_DTYPE, record=record)]
-    if plain is None:
-        specs.append(run.server(False, EXACT_DTYPE))
-    with _servers(run, specs) as (dflash, *base):
+    # Without a draft first: an engine that cannot serve the target is not the draft's finding.
+    specs = [] if plain is not None else [run.server(False, EXACT_DTYPE)]
+    specs.append(run.server(True, EXACT_DTYPE, record=record))
+    with _servers(run, specs) as (*base, dflash):
         data = check.run_exact(
             base[0] if base else plain or {},
             dflash,
