@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dflash_plugin import checkpoint, demo, hub, pair
+from dflash_plugin import checkpoint, demo, hardware, hub, pair
 from dflash_plugin.backends.server import ServerClient
 from dflash_plugin.cache import make_dir
 from dflash_plugin.errors import DFlashError, EngineExitedError, UsageError
@@ -409,17 +409,6 @@ def _facts(run: CellRun) -> dict[str, Any]:
         "reference_packages": dict(run.reference.packages),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
+        "cpu": hardware.cpu_model(),
         "cores": os.cpu_count(),
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    return f"{names[0] if names else 'unknown'} ({' '.join(known)})"

@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from dflash_plugin import engines
-from dflash_plugin.backends.server import ServerClient
-from dflash_plugin.cache import make_dir
-from dflash_plugin.errors import (
-    EngineExitedError,
-    EngineTimeoutError,
-    EnvironmentBuildError,
-    PortInUseError,
-    RequestError,
-    from_os_error,
+from dflash_plugin.backends.process import (
+    MODEL_NAME,
+    READY_TIMEOUT,
+    clean_environment,
+    installed_at,
+    serve_all,
 )
+from dflash_plugin.backends.server import ServerClient
 from dflash_plugin.matrix import Cell
 
 from .environment import Environment
 
-MODEL_NAME = "target"
-READY_TIMEOUT = 600.0
-STOP_GRACE = 15.0
-"""Seconds between SIGTERM and SIGKILL."""
-POLL = 0.2
-"""Seconds between two looks at a server that is not ready."""
+__all__ = [
+    "MODEL_NAME",
+    "READY_TIMEOUT",
+    "RECORDER",
+    "ServerSpec",
+    "installed",
+    "serve",
+    "serve_all",
+]
+
 RECORDER = Path(__file__).parent / "recorder"
-_LOG_LINES = 20
-_RAISED = re.compile(
-    r"^(?:\(\S+ pid=\d+\) )?(?:[A-Z]+ [\d-]+ [\d:]+ \[[\w.]+:\d+\] )?"
-    r"((?:[A-Za-z_]\w*\.)*(?:[A-Za-z_]\w*(?:Error|Exception))(?:: .*)?)$"
-)
-"""The last line of a traceback, with or without vLLM's process and logging prefixes."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +54,11 @@ class ServerSpec:
     host: str = "127.0.0.1"
     port: int = 0  # 0: any free one
     extra_args: tuple[str, ...] = ()
+
+    @property
+    def drafting(self) -> bool:
+        """Whether it serves with a draft."""
+        return self.draft is not None
 
     @property
     def label(self) -> str:
@@ -93,7 +85,7 @@ class ServerSpec:
             str(self.environment.python), engine, str(self.target), args
         )
         env = {
-            **_clean_environment(),
+            **clean_environment(),
             **self.cell.build.env,
             **extra,
             # Nothing here needs a hub; a look-up would only wait for a time-out.
@@ -117,241 +109,6 @@ def serve(spec: ServerSpec, *, timeout: float = READY_TIMEOUT) -> Iterator[Serve
         yield clients[0]
 
 
-@contextlib.contextmanager
-def serve_all(
-    specs: Sequence[ServerSpec], *, timeout: float = READY_TIMEOUT
-) -> Iterator[list[ServerClient]]:
-    """Start several servers side by side and wait for all of them.
-
-    Raises:
-        PortInUseError: a port asked for is taken; nothing was started.
-        EngineExitedError, EngineTimeoutError: with the last lines of the log.
-        CacheError: the log cannot be written.
-    """
-    ports = _ports(specs)
-    servers = [Server(spec, port) for spec, port in zip(specs, ports, strict=True)]
-    try:
-        for server in servers:
-            server.start()
-        _wait_ready(servers, timeout)
-        yield [server.client for server in servers]
-        for server in servers:
-            server.require_running()
-    except RequestError:
-        # What a request meets when its engine dies is not the news; the log's end is.
-        for server in servers:
-            server.require_running(patience=1.0)
-        raise
-    finally:
-        stop_all(servers)
-
-
-def _wait_ready(servers: Sequence[Server], timeout: float) -> None:
-    """Return when every health check answers; raise as soon as one never will."""
-    deadline = time.monotonic() + timeout
-    waiting = list(servers)
-    while waiting:
-        for server in servers:
-            server.require_running()
-        waiting = [server for server in waiting if not server.client.ready()]
-        if waiting and time.monotonic() >= deadline:
-            spec = waiting[0].spec
-            raise EngineTimeoutError(
-                f"{spec.label}: not ready after {timeout:.0f} s, still running\n"
-                f"{waiting[0].log_tail()}",
-                hint=f"see {spec.log}, or allow more time with --ready-timeout",
-            )
-        if waiting:
-            time.sleep(POLL)
-
-
-class Server:
-    """A server process, from :meth:`start` on, and its process group."""
-
-    def __init__(self, spec: ServerSpec, port: int) -> None:
-        self.spec, self.port = spec, port
-        self.client = ServerClient(f"http://{spec.host}:{port}", MODEL_NAME)
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it; it is not ready yet."""
-        command, env = self.spec.command(self.port)
-        folder = make_dir(self.spec.log.parent)
-        try:
-            self.spec.log.write_text(f"+ {' '.join(command)}\n", encoding="utf-8")
-        except OSError as err:
-            raise from_os_error(err, str(self.spec.log)) from err
-        with self.spec.log.open("ab") as log, _interrupts_deferred():
-            # A session of its own: engines start worker processes, and only the whole
-            # group can be stopped for certain. A folder of its own: `-m` would find
-            # this checkout's modules before the environment's.
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def require_running(self, *, patience: float = 0.0) -> None:
-        """Raise ``EngineExitedError`` with the end of the log if the process has ended.
-
-        ``patience``: seconds it has left for that.
-        """
-        if self.process is None:
-            return
-        deadline = time.monotonic() + patience
-        code = self.process.poll()
-        while code is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            code = self.process.poll()
-        if code is not None:
-            raise EngineExitedError(
-                f"{self.spec.label}: the engine exited with code {code}\n{self.log_tail()}",
-                hint=f"see {self.spec.log}",
-                cause=first_error(self._log()),
-                drafting=self.spec.draft is not None,
-            )
-
-    def _log(self) -> list[str]:
-        try:
-            return self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError as err:
-            return [f"(no log: {err})"]
-
-    def log_tail(self) -> str:
-        """The last lines of the server's log, indented."""
-        return "\n".join(f"    | {line[:300]}" for line in self._log()[-_LOG_LINES:])
-
-
-def first_error(log: Sequence[str]) -> str:
-    """The first error raised in an engine's log, in one line without folders; empty if none.
-
-    The first and not the last: each process that hears of it raises an error of its own.
-    """
-    for number, line in enumerate(log):
-        match = _RAISED.match(line)
-        if match is None:
-            continue
-        found = match[1]
-        if "validation error" in found:  # pydantic goes on for a field and a complaint
-            rest = [re.sub(r"^\(\S+ pid=\d+\) ", "", more) for more in log[number + 1 :][:2]]
-            found = " ".join([found, *map(str.strip, rest)])
-        return re.sub(r"(?:/[\w.+-]+)+/(?=[\w.+-])", "", found)[:500]
-    return ""
-
-
-def stop_all(servers: Sequence[Server]) -> None:
-    """End every server's whole process group; a second Ctrl-C meanwhile is ignored."""
-    previous = _ignore_interrupts()
-    try:
-        started = [server.process for server in servers if server.process is not None]
-        for process in started:
-            _signal_group(process, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_GRACE
-        while time.monotonic() < deadline and any(map(_group_alive, started)):
-            time.sleep(0.05)
-        for process in started:
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def installed(environment: Environment, engine: str) -> engines.Installed:
     """The engine as the environment's own interpreter sees it."""
-    return _installed(environment.python, engine)
-
-
-@lru_cache
-def _installed(python: Path, engine: str) -> engines.Installed:
-    command = [str(python), str(Path(engines.__file__)), engine]
-    answer = subprocess.run(
-        command, env=_clean_environment(), capture_output=True, text=True, check=False
-    )
-    try:
-        return engines.Installed(**json.loads(answer.stdout))
-    except (ValueError, TypeError) as err:
-        raise EnvironmentBuildError(
-            f"{python}: no {engine} found there: {answer.stderr[-300:]}",
-            hint="remove the environment and run again",
-        ) from err
-
-
-def _ports(specs: Sequence[ServerSpec]) -> list[int]:
-    """A port for each server: the one asked for, or a free one; all different."""
-    with contextlib.ExitStack() as probes:
-        found = {}
-        for spec in sorted(specs, key=lambda spec: not spec.port):  # those asked for first
-            probe = probes.enter_context(socket.socket())
-            # As the engine's own socket does, so that a port in TIME_WAIT counts as free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((spec.host, spec.port))
-            except OSError as err:
-                raise PortInUseError(
-                    f"port {spec.port} on {spec.host} cannot be had: {err.strerror}",
-                    hint="choose another --port, or leave it out",
-                ) from err
-            found[id(spec)] = int(probe.getsockname()[1])
-        return [found[id(spec)] for spec in specs]
-
-
-def _clean_environment() -> dict[str, str]:
-    """This process's environment without what would leak into an engine's.
-
-    ``LD_PRELOAD`` is the harness's to set: another allocator would be in the timings.
-    """
-    dropped = (
-        *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD"),
-        *("DFLASH_PLUGIN_ANNOUNCED", "DFLASH_RECORD"),
-    )
-    return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("VLLM_")}
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    # The group outlives its leader while workers run, and its id is not reused before.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-def _group_alive(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()
-    try:
-        os.killpg(process.pid, 0)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back: between fork and return a process would be lost to its parent."""
-    caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {n: signal.signal(n, lambda n, _: caught.append(n)) for n in numbers}
-    except ValueError:  # not the main thread, which gets no signals either
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if caught:
-        raise KeyboardInterrupt
-
-
-def _ignore_interrupts() -> Mapping[int, signal._HANDLER]:
-    try:
-        return {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which gets no signals either
-        return {}
-
-
-if sys.platform == "win32":  # pragma: no cover
-    raise ImportError("the harness needs a POSIX system")
+    return installed_at(environment.python, engine)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, errors
+from .bench.options import add_arguments as add_bench_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = given.index("--")
         given, engine_args = given[:at], given[at + 1 :]
     args = parser.parse_args(given)
-    if engine_args and args.command != "serve":
-        parser.error("arguments after -- are for `serve` only")
+    if engine_args and args.command not in ("serve", "bench"):
+        parser.error("arguments after -- are for `serve` and `bench` only")
     args.engine_args = engine_args
     return errors.run_cli(lambda: _COMMANDS[args.command](args))
 
@@ -51,11 +52,24 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("target", help="demo, a pair id, a hub id or a local folder")
     serve.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
     serve.add_argument("--engine", choices=["vllm"], default="vllm")
-    serve.add_argument("--num-speculative-tokens", type=_positive, metavar="K")
+    serve.add_argument(
+        *("--num-speculative-tokens", "--k"), type=_positive_or_auto, metavar="K",
+        help="a number, or auto: what `bench --sweep-k` found here",
+    )  # fmt: skip
+    serve.add_argument(
+        "--for-concurrency", type=_positive, default=1, metavar="N", help="for auto (default 1)"
+    )
     serve.add_argument("--dry-run", action="store_true", help="print the command and stop")
     serve.add_argument("--no-preflight", action="store_true", help="do not check the pair first")
 
     _add_generate(commands)
+    add_bench_arguments(
+        commands.add_parser(
+            "bench",
+            help="is it faster here, and with which K: measure and report",
+            usage="dflash-plugin bench [options] [-- ENGINE ARGS]",
+        )
+    )
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -100,6 +114,10 @@ def _positive(text: str) -> int:
     return value
 
 
+def _positive_or_auto(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
@@ -113,11 +131,14 @@ def _serve(args: argparse.Namespace) -> int:
 
     engine, decision = launch.require_engine(args.engine)
     resolved = launch.resolve_pair(args.target, args.draft)
+    k = args.num_speculative_tokens
+    if k == "auto":
+        from .bench import advice
+
+        k = advice.for_serving(engine, resolved, args.for_concurrency)
     if not args.no_preflight:
-        pair.require(resolved.preflight(args.num_speculative_tokens))
-    command, env = launch.serve_plan(
-        engine, resolved, args.engine_args, args.num_speculative_tokens
-    )
+        pair.require(resolved.preflight(k))
+    command, env = launch.serve_plan(engine, resolved, args.engine_args, k)
     print(decision.line(), file=sys.stderr)
     line = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command)])
     if args.dry_run:
@@ -186,7 +207,25 @@ def _pair(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"doctor": _doctor, "serve": _serve, "generate": _generate, "pair": _pair}
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        from .bench import command
+    except ImportError as err:
+        if (err.name or "").startswith("dflash_plugin"):
+            raise
+        raise errors.MissingDependencyError(
+            f"{err.name} is needed for the benchmark", hint="pip install 'dflash-plugin[bench]'"
+        ) from err
+    return command.bench(args, args.engine_args)
+
+
+_COMMANDS = {
+    "doctor": _doctor,
+    "serve": _serve,
+    "generate": _generate,
+    "bench": _bench,
+    "pair": _pair,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -132,14 +132,7 @@ def serve_plan(
     Raises:
         UsageError: the engine's own arguments already set speculation.
     """
-    for arg in engine_args:
-        # vLLM also takes --speculative_config, and --speculative-config.method=…
-        option = arg.partition("=")[0].partition(".")[0].replace("_", "-")
-        if option in _SPECULATION:
-            raise UsageError(
-                f"{option} is written by `serve`",
-                hint="drop it, or start the engine yourself with your own configuration",
-            )
+    refuse_speculation(engine_args)
     k = num_speculative_tokens or resolved.num_speculative_tokens
     if k is None:
         k = pair.DraftConfig.from_dir(resolved.draft_dir).max_speculative_tokens
@@ -148,11 +141,29 @@ def serve_plan(
     return engines.serve_command(sys.executable, engine, resolved.target, args)
 
 
-def exec_engine(command: Sequence[str], env: Mapping[str, str]) -> None:
-    """Replace this process with the engine; does not return."""
+def refuse_speculation(engine_args: Sequence[str]) -> None:
+    """Raise ``UsageError`` where the engine's own arguments set speculation."""
+    for arg in engine_args:
+        # vLLM also takes --speculative_config, and --speculative-config.method=…
+        option = arg.partition("=")[0].partition(".")[0].replace("_", "-")
+        if option in _SPECULATION:
+            raise UsageError(
+                f"{option} is written by `serve`",
+                hint="drop it, or start the engine yourself with your own configuration",
+            )
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with what a plan adds."""
     merged = {**os.environ, **env}
     if "LD_PRELOAD" in env and os.environ.get("LD_PRELOAD"):
         merged["LD_PRELOAD"] = f"{env['LD_PRELOAD']}:{os.environ['LD_PRELOAD']}"
+    return merged
+
+
+def exec_engine(command: Sequence[str], env: Mapping[str, str]) -> None:
+    """Replace this process with the engine; does not return."""
+    merged = environment(env)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(command[0], list(command), merged)

@@ -149,6 +149,30 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Published:
+    """Numbers as a pair's authors state them, and the settings they belong to.
+
+    ``al`` and ``speedup`` (to the same engine without speculation) are by data set.
+    ``temperature`` or ``max_tokens`` None: not stated.
+    """
+
+    target: str
+    draft: str
+    revision: str
+    engine: str
+    hardware: str
+    template: str
+    temperature: float | None
+    num_speculative_tokens: int
+    max_tokens: int | None
+    concurrency: int
+    al: Mapping[str, float]
+    speedup: Mapping[str, float]
+    source: str
+    grade: str
+
+
+@dataclass(frozen=True)
 class Matrix:
     """The whole file."""
 
@@ -159,6 +183,7 @@ class Matrix:
     profiles: Mapping[str, Profile]
     cells: tuple[Cell, ...]
     known: tuple[Known, ...]
+    published: tuple[Published, ...] = ()
 
     def known_failures(self, cell_id: str) -> dict[str, Known]:
         """The verdicts of a cell that are known not to pass, by name."""
@@ -224,8 +249,11 @@ def load(path: Path | None = None) -> Matrix:
                 f"{path}: [[known]] lists {verdict} of {cell_id} twice",
                 hint="remove one of the two",
             )
+    published = tuple(_published(table) for table in top.tables("published"))
     top.finish()
-    return Matrix(path, engines, variants, pairs, profiles, tuple(cells.values()), known)
+    return Matrix(
+        path, engines, variants, pairs, profiles, tuple(cells.values()), known, published
+    )  # fmt: skip
 
 
 def _engine(table: Table) -> Engine:
@@ -344,6 +372,26 @@ def _known(table: Table, cells: Mapping[str, Cell]) -> Known:
     table.reference("verdict", known.verdict, dict.fromkeys((SERVES, *VERDICTS)))
     table.finish()
     return known
+
+
+def _published(table: Table) -> Published:
+    row = Published(
+        **{key: table.take(key, str) for key in ("target", "draft", "engine", "hardware")},
+        revision=table.take("revision", str, default=""),
+        template=table.take("template", str),
+        temperature=table.number("temperature") if "temperature" in table.raw else None,
+        num_speculative_tokens=table.count("num_speculative_tokens"),
+        max_tokens=table.count("max_tokens") if "max_tokens" in table.raw else None,
+        concurrency=table.count("concurrency"),
+        al=table.numbers_by_name("al"),
+        speedup=table.numbers_by_name("speedup"),
+        source=table.take("source", str),
+        grade=table.take("grade", str),
+    )
+    if not row.al and not row.speedup:
+        raise table.error("neither al nor speedup", hint="state at least one")
+    table.finish()
+    return row
 
 
 def _lookup(known: Mapping[str, T], name: str, kind: str, path: Path) -> T:

@@ -113,6 +113,12 @@ class Table:
             raise self.error(f"{key} is {values!r}, expected strings")
         return dict(values)
 
+    def numbers_by_name(self, key: str) -> Mapping[str, float]:
+        """A table of numbers; absent: empty."""
+        values = self.take(key, dict, default={})
+        inner = Table(self.path, f"{self.name} {key}", values)
+        return {name: inner.number(name) for name in values}
+
     def table(self, key: str) -> Table:
         """The ``[key]`` table."""
         return Table(self.path, f"{self.name} {key}", self.take(key, dict))

@@ -229,14 +229,33 @@ class ServerClient:
                     ) from err
         return samples
 
-    def acceptance(self, num_speculative_tokens: int) -> AcceptanceStats:
+    def models(self) -> list[str]:
+        """The names it serves models by."""
+        listed = self._json("GET", "/v1/models", None).get("data")
+        try:
+            return [str(row["id"]) for row in listed or []]
+        except (KeyError, TypeError) as err:
+            raise RequestError(
+                f"{self.base_url}/v1/models: unreadable: {str(listed)[:200]}"
+            ) from err
+
+    def version(self) -> str | None:
+        """The engine's version; None where the server does not tell."""
+        try:
+            return str(self._json("GET", "/version", None)["version"])
+        except (RequestError, KeyError):
+            return None
+
+    def acceptance(self, num_speculative_tokens: int | None = None) -> AcceptanceStats:
         """vLLM's ``spec_decode`` counters since it was started, summed over engines.
+
+        ``num_speculative_tokens`` None: as many positions as the server tells of.
 
         Raises:
             RequestError: the server has no such counters, or they contradict each other.
         """
         drafts = 0
-        positions = [0] * num_speculative_tokens
+        counts: dict[int, int] = {}
         seen = False
         try:
             for name, labels, value in self.metrics():
@@ -245,10 +264,12 @@ class ServerClient:
                     drafts += int(value)
                 elif name == "vllm:spec_decode_num_accepted_tokens_per_pos_total":
                     match = re.search(r'position="(\d+)"', labels)
-                    if match and int(match[1]) < num_speculative_tokens:
-                        positions[int(match[1])] += int(value)
+                    if match:
+                        place = int(match[1])
+                        counts[place] = counts.get(place, 0) + int(value)
             if seen:
-                return AcceptanceStats(drafts, tuple(positions))
+                k = num_speculative_tokens or max(counts, default=-1) + 1
+                return AcceptanceStats(drafts, tuple(counts.get(i, 0) for i in range(k)))
         except (ValueError, OverflowError) as err:
             raise RequestError(f"{self.base_url}/metrics: {err}") from err
         raise RequestError(

@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 
 from ci import __main__ as ci_main
-from ci import check, environment, measure, serve
+from ci import check, environment, measure
 from ci.environment import Environment
 from dflash_plugin import matrix
+from dflash_plugin.backends import process
 from dflash_plugin.backends.server import Completion, ServerClient
 from dflash_plugin.matrix import Cell
 from dflash_plugin.pair import DraftConfig
@@ -242,7 +243,7 @@ def counted_pass(
 
 def hurry() -> None:
     """No pauses, and no clock; for a process of its own."""
-    serve.POLL = check.SETTLE = 0.02
+    process.POLL = check.SETTLE = 0.02
     measure._run = counted_pass
 
 
@@ -277,7 +278,7 @@ def fake_fixture(
     monkeypatch.setenv("DFLASH_CACHE", str(tmp_path / "cache"))
     reference = environments(tmp_path, fake.python)[1]
     monkeypatch.setattr(environment, "ensure_reference", lambda: reference)
-    monkeypatch.setattr(serve, "POLL", serve.POLL)  # all three are put back afterwards
+    monkeypatch.setattr(process, "POLL", process.POLL)  # all three are put back afterwards
     monkeypatch.setattr(check, "SETTLE", check.SETTLE)
     monkeypatch.setattr(measure, "_run", measure._run)
     hurry()

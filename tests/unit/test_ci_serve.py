@@ -25,6 +25,7 @@ from ci_fake import (  # noqa: F401  # fixtures
 
 from ci import serve
 from ci.serve import ServerSpec, serve_all
+from dflash_plugin.backends import process
 from dflash_plugin.errors import (
     CacheError,
     EngineExitedError,
@@ -127,7 +128,7 @@ def test_ports_differ_and_the_one_asked_for_is_kept(fake: Fake) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ports = serve._ports([*(_spec(fake) for _ in range(20)), _spec(fake, port=port)])
+    ports = process._ports([*(_spec(fake) for _ in range(20)), _spec(fake, port=port)])
     assert ports[-1] == port
     assert len(set(ports)) == 21
 
@@ -160,7 +161,7 @@ def test_stopped_after(fake: Fake, error: type[BaseException]) -> None:
 
 def test_child_that_ignores_sigterm_is_killed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server's end is not its children's: the whole group is waited for, then killed."""
-    monkeypatch.setattr(serve, "STOP_GRACE", 0.3)
+    monkeypatch.setattr(process, "STOP_GRACE", 0.3)
     fake.faults({"fault": "ignore_sigterm"}, {"fault": "grandchild"})
     with serve_all([_spec(fake)]):
         assert len(fake.processes()) == 2
@@ -168,7 +169,7 @@ def test_child_that_ignores_sigterm_is_killed(fake: Fake, monkeypatch: pytest.Mo
 
 
 def test_children_of_a_dead_server_are_killed(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "STOP_GRACE", 0.3)
+    monkeypatch.setattr(process, "STOP_GRACE", 0.3)
     fake.faults({"fault": "grandchild"}, {"fault": "exit", "lines": 0, "code": 1})
     with pytest.raises(EngineExitedError), serve_all([_spec(fake)]):
         pytest.fail("ready")
@@ -200,7 +201,7 @@ def test_interrupt_during_the_start_of_a_process(
 def test_second_interrupt_does_not_stop_the_stopping(
     fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "STOP_GRACE", 0.5)
+    monkeypatch.setattr(process, "STOP_GRACE", 0.5)
     fake.faults({"fault": "ignore_sigterm"})
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt), serve_all([_spec(fake)]):
@@ -328,4 +329,4 @@ VALIDATION_LOG = """\
     ],
 )
 def test_the_first_error_of_a_log(log: str, found: str) -> None:
-    assert serve.first_error(log.splitlines()) == found
+    assert process.first_error(log.splitlines()) == found

@@ -28,6 +28,7 @@ LAYERS = {
     "checkpoint": 1,
     "cache": 1,
     "engines": 1,
+    "hardware": 1,
     "patchset": 1,
     "support": 2,
     "hub": 2,
@@ -45,6 +46,7 @@ LAYERS = {
     "training": 4,
     "bench": 4,
     "cli": 5,
+    "benchmark": 6,
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables; the console shows what

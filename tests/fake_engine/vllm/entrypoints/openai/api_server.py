@@ -117,6 +117,10 @@ class Handler(BaseHTTPRequestHandler):
                     for i, count in enumerate(engine.positions):
                         lines.append(f'{name}{{{labels},position="{i}"}} {float(count)}')
             self._send(200, "\n".join(lines) + "\n")
+        elif self.path == "/v1/models":
+            self._send(200, json.dumps({"data": [{"id": "target"}]}))
+        elif self.path == "/version":
+            self._send(200, json.dumps({"version": "0.32.0"}))
         else:
             self._send(404, "")
 
@@ -136,7 +140,9 @@ class Handler(BaseHTTPRequestHandler):
             with engine.lock:
                 engine.active += 1
             try:
-                self._stream(body["prompt"], body["max_tokens"])
+                chat = body.get("messages")
+                prompt = fake_model.tokenize(chat[-1]["content"]) if chat else body["prompt"]
+                self._stream(prompt, body["max_tokens"])
             finally:
                 with engine.lock:
                     engine.active -= 1
