@@ -22,6 +22,8 @@ LAYERS = {
     "acceptance": 0,
     "toml_table": 1,
     "matrix": 1,
+    "matrix_rows": 1,
+    "architectures": 1,
     "config_file": 1,
     "pair": 1,
     "draft_math": 1,
@@ -49,12 +51,17 @@ LAYERS = {
     "benchmark": 6,
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
-# and what follows from the config; the matrix is a file of tables; the console shows what
-# `local` generates.
+# and what follows from the config; the matrix is a file of tables and names shapes; the
+# console shows what `local` generates.
 SIDEWAYS = {
     ("pair", "config_file"),
     ("pair", "checkpoint"),
     ("matrix", "toml_table"),
+    ("matrix", "matrix_rows"),
+    ("matrix", "architectures"),
+    ("matrix_rows", "architectures"),
+    ("architectures", "toml_table"),
+    ("architectures", "pair"),
     ("draft_math", "pair"),
     ("console", "local"),
 }
