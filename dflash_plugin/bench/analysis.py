@@ -48,8 +48,9 @@ def summarise(
     Returns:
         ``datasets``: name -> level -> ``arms`` (see :func:`arm_numbers`) and ``speedup``
         (arm -> ``median``, ``min``, ``max`` over rounds of the ratio of rates to ``base``);
-        ``acceptance``: data set -> arm -> counters over all levels, with AL, histogram,
-        share accepted by position and ``by_context``; ``errors``: kind -> count.
+        ``acceptance``: data set -> arm -> counters over all levels (from the events where a
+        server has none), with AL, histogram, share by position and ``by_context``;
+        ``errors``: kind -> count.
     """
     lines = list(lines)
     rounds = passes(lines)
@@ -217,16 +218,26 @@ def _acceptance(rounds: Mapping[Pass, Sequence[Line]]) -> dict[str, Any]:
                 if old is None or old.num_speculative_tokens == stats.num_speculative_tokens:
                     counters[name] = stats + old if old is not None else stats
     found: dict[str, Any] = {}
-    for (dataset, arm), stats in counters.items():
-        taken = sizes.get((dataset, arm), [])
+    for (dataset, arm), taken in sizes.items():
+        told = counters.get((dataset, arm))
+        best = told or _streamed(taken)
+        if best is None:
+            continue
         found.setdefault(dataset, {})[arm] = {
-            **stats.to_dict(),
-            "histogram": list(stats.histogram),
-            "rate_per_position": list(stats.rate_per_position or ()),
+            **best.to_dict(),
+            "source": "the server's counters" if told else "streamed events",
+            "histogram": list(best.histogram),
+            "rate_per_position": list(best.rate_per_position or ()),
             "al_streamed": statistics.fmean(n for _, n in taken) if taken else None,
             "by_context": _by_context(taken),
         }
     return found
+
+
+def _streamed(taken: Sequence[tuple[int, int]]) -> AcceptanceStats | None:
+    """From the sizes of the events, where a server has no counters; None: no speculation."""
+    most = max((size for _, size in taken), default=1)
+    return AcceptanceStats.from_steps([n - 1 for _, n in taken], most - 1) if most > 1 else None
 
 
 def _by_context(taken: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import __version__, hardware, launch, pair
+from .. import __version__, hardware, launch, matrix, pair
 from ..cache import atomic_write_text
 from ..errors import RequestError, UsageError
 from . import advice, analysis, datasets, local_run, report, run, servers
 from .client import Sampling
 from .options import LOCAL
-from .plan import BASE, DFLASH, Arm, Plan
+from .plan import BASE, DFLASH, Arm, Plan, portable
 from .records import Level, Store, load_run, read
 from .sides import ServerSide, Side
 
@@ -71,8 +71,12 @@ def _plan(args: argparse.Namespace, arms: Sequence[Arm], draft: str | None = Non
     )  # fmt: skip
 
 
-def _facts(engine: str, machine: str, engine_args: Sequence[str] = ()) -> dict[str, Any]:
+def _facts(
+    model: str, engine: str, machine: str, engine_args: Sequence[str] = ()
+) -> dict[str, Any]:
+    row = matrix.load().pair_for(model)
     return {
+        "target": row.target if row is not None else portable(model),
         "engine": engine,
         "engine_args": list(engine_args),
         "hardware": machine,
@@ -133,7 +137,7 @@ def _at_urls(args: argparse.Namespace) -> int:
         urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in urls.values()
     )
     machine = args.hardware or (hardware.describe() if local else "not known (give --hardware)")
-    facts = _facts(f"{args.backend} {version}" if version else args.backend, machine)
+    facts = _facts(plan.model, f"{args.backend} {version}" if version else args.backend, machine)
     with _open(args, plan.settings(facts)) as store:
         return _measured(args, plan, sides, store)
 
@@ -155,8 +159,9 @@ def _served(args: argparse.Namespace, engine_args: Sequence[str]) -> int:
         args.ready_timeout, args.timeout, args.stall,
     )  # fmt: skip
     machine = args.hardware or hardware.describe(cpu=engine.platform == "cpu")
-    facts = _facts(f"{engine.name} {engine.base_version}", machine, engine_args)
     args.model = args.model or launch.DEMO
+    facts = _facts(args.model, f"{engine.name} {engine.base_version}", machine, engine_args)
+    facts["draft_sha256"] = (resolved.draft_sha256 or {}).get("model.safetensors")
     if args.sweep_k:
         return _swept(args, starter, resolved, most, facts)
     peers = [servers.peer_arm(spec, k) for spec in args.peer]
@@ -224,7 +229,8 @@ def _local(args: argparse.Namespace) -> int:
     arms, sides = local_run.arms(args, ranks, _k(args))
     plan = ranks.share(_plan(args, arms, args.draft_model))
     plan = replace(plan, model=args.model or launch.DEMO)
-    facts = _facts(local_run.versions(args.backend), args.hardware or hardware.describe())
+    machine = args.hardware or hardware.describe()
+    facts = _facts(plan.model, local_run.versions(args.backend), machine)
     root = args.out
     args.out = ranks.folder(root)
     with _open(args, plan.settings({**facts, "ranks": ranks.count})) as store:

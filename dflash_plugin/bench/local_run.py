@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import launch
+from ..cache import atomic_write_text
 from ..errors import UsageError
 from .plan import BASE, DFLASH, Arm, Plan
 from .records import read
@@ -58,11 +60,15 @@ class Ranks:
             dist.destroy_process_group()
 
     def gather(self, root: Path, own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Every process's records."""
+        """Every process's records, also kept together in ``root``."""
         if self.count == 1:
             return list(own)
-        paths = [root / f"rank-{n}" / "records.jsonl" for n in range(self.count)]
-        return [line for path in paths for line in read(path)]
+        folders = [root / f"rank-{n}" for n in range(self.count)]
+        lines = [line for folder in folders for line in read(folder / "records.jsonl")]
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        atomic_write_text(root / "records.jsonl", text)
+        atomic_write_text(root / "run.json", (folders[0] / "run.json").read_text("utf-8"))
+        return lines
 
 
 def arms(

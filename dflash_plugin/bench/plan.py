@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .client import Sampling
@@ -23,6 +24,18 @@ class Arm:
     name: str
     num_speculative_tokens: int | None = None
     speculation: Mapping[str, Any] | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """JSON for ``run.json``, without a path of this machine."""
+        values = asdict(self)
+        if self.speculation is not None and "model" in self.speculation:
+            values["speculation"]["model"] = portable(str(self.speculation["model"]))
+        return values
+
+
+def portable(name: str | None) -> str | None:
+    """A model's name: of a local folder its last part."""
+    return Path(name).name if name is not None and Path(name).is_absolute() else name
 
 
 @dataclass(frozen=True)
@@ -56,9 +69,9 @@ class Plan:
         """JSON for ``run.json``; ``facts``: engine, versions, hardware."""
         return {
             "backend": self.backend,
-            "model": self.model,
-            "draft": self.draft,
-            "arms": [asdict(arm) for arm in self.arms],
+            "model": portable(self.model),
+            "draft": portable(self.draft),
+            "arms": [arm.shown() for arm in self.arms],
             "datasets": [
                 {"name": d.name, "source": d.source, "prompts": len(d.items), "digest": d.digest}
                 for d in self.datasets

@@ -23,14 +23,14 @@ WARM_UP_TOKENS = 16
 
 def todo(plan: Plan, store: Store) -> bool:
     """Whether anything of the plan is not in the store yet."""
-    return any(
-        item.id not in store.done(Pass(dataset.name, str(level), number, arm.name))
-        for dataset in plan.datasets
-        for level in plan.levels
-        for number in plan.numbers
-        for arm in plan.arms
-        for item in dataset.items
-    )
+    for dataset in plan.datasets:
+        ids = {item.id for item in dataset.items}
+        for level in plan.levels:
+            for number in plan.numbers:
+                for arm in plan.arms:
+                    if ids - store.done(Pass(dataset.name, str(level), number, arm.name)):
+                        return True
+    return False
 
 
 def measure(plan: Plan, sides: Mapping[str, Side], store: Store) -> None:

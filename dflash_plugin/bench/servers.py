@@ -90,9 +90,10 @@ class Starter:
             groups = [needed, *([arm] for arm in arms if arm not in needed)]
             for group in filter(None, groups):
                 specs = [self._spec(arm) for arm in group]
-                context = process.serve_all(specs, timeout=self.ready_timeout)
                 try:
-                    clients = stack.enter_context(context)
+                    clients = stack.enter_context(
+                        process.serve_all(specs, timeout=self.ready_timeout)
+                    )
                 except EngineExitedError as err:
                     if group is needed:
                         raise

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from ci import load_bench
+from dflash_plugin import benchmark
 from dflash_plugin.bench.records import read
 
 pytestmark = pytest.mark.engine
@@ -54,6 +55,7 @@ def test_torchrun_shares_the_prompts_and_one_process_reports(tmp_path, monkeypat
     assert (len(ids[0]), len(ids[1]), ids[0] & ids[1]) == (2, 1, set())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["datasets"]["words"]["c1"]["arms"]["dflash"]["ok"] == 4
+    assert benchmark.main(["--report-only", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_the_generator_is_not_the_bottleneck(tmp_path):

