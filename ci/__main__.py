@@ -15,7 +15,7 @@ from dflash_plugin import errors, matrix
 from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError, near_names
 from dflash_plugin.matrix import SERVES
 
-from . import environment_cli, lint, lock, pipeline, plan, replicas, report, serve
+from . import environment_cli, lint, lock, patches, pipeline, plan, replicas, report, serve
 from .pipeline import CHECK, MEASURE
 from .plan import Overrides, Plan
 from .records import FAILED, CellResult
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rewrite.add_argument("--save", action="store_true", help="keep the results in docs/results/")
     rewrite.add_argument("--readme", action="store_true", help="rewrite the README's table")
     rewrite.add_argument("--check", action="store_true", help="with --readme: only compare")
+    patches.add_arguments(commands.add_parser("patches", help="hold patch sets against sources"))
     commands.add_parser("lint", help="offline checks of the repository's own data")
 
     args = parser.parse_args(argv)
@@ -218,6 +219,7 @@ _COMMANDS = {
     MEASURE: _run,
     "serve": _serve,
     "report": _report,
+    "patches": patches.run,
     "lint": _lint,
 }
 

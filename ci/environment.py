@@ -3,6 +3,7 @@
     torch-<version>                one per torch release, below everything else
     └── reference-<key>            transformers and friends: the reference's replay, the tests
     └── <engine>-<platform>-<key>  the engine as its lock has it
+        └── …-patched-<key>        its files linked, and a patch set applied
         └── …-plugin-<key>         this checkout's wheel beside it, as users install it
 
 A key changes with the lock, torch, Python and the machine, so an environment never changes
@@ -25,10 +26,16 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from dflash_plugin import cache
-from dflash_plugin.errors import EnvironmentBuildError, UnknownCellError, UsageError, near_names
+from dflash_plugin.errors import (
+    EnvironmentBuildError,
+    PatchVersionError,
+    UnknownCellError,
+    UsageError,
+    near_names,
+)
 from dflash_plugin.matrix import Build, Engine
 
-from . import layers, lock, wheel
+from . import layers, lock, patched_engine, wheel
 from .installer import Pip
 from .layers import Built, Interpreter, Layer
 from .torch_index import install_torch
@@ -63,6 +70,7 @@ def ensure_engine(
     platform: str,
     *,
     plugin: bool,
+    patches: str | None = None,
     root: Path | None = None,
     python: Path | None = None,
 ) -> Environment:
@@ -71,6 +79,7 @@ def ensure_engine(
     Args:
         platform: a build of the engine, e.g. ``cpu``.
         plugin: with this checkout's wheel installed beside it.
+        patches: with the patch set of this variant; the wheel is installed then too.
         root: where environments are kept; None for the cache.
         python: the interpreter to make them from; None for the running one.
 
@@ -82,12 +91,23 @@ def ensure_engine(
     root = root or env_root()
     base = layers.inspect(python)
     chain = _engine_layers(engine, _build(engine, platform), base)
-    if plugin:
+    if patches is not None:
+        chain.append(patched_engine.layer(root, chain[-1], engine, platform, patches))
+    if plugin or patches is not None:
         chain.append(_plugin_layer(chain[-1].name, engine, platform))
     built = layers.ensure(root, chain, base)
-    if plugin:
+    if plugin or patches is not None:
         _prune_plugins(built)
     return Environment("venv", built.python, engine.id, plugin, built.packages, built.path)
+
+
+def built_engine(engine: Engine, platform: str, root: Path | None = None) -> Built | None:
+    """The engine's layer as published, if it is in the cache; builds nothing."""
+    try:
+        chain = _engine_layers(engine, _build(engine, platform), layers.inspect(None))
+    except EnvironmentBuildError:  # not for this Python, or a platform that is not built here
+        return None
+    return layers.complete(root or env_root(), [layer.name for layer in chain])
 
 
 def ensure_reference(*, root: Path | None = None, python: Path | None = None) -> Environment:
@@ -170,8 +190,13 @@ def link(prefix: Path, environment: Environment) -> Path:
     return site / layers.LINK
 
 
-def current_names(engines: Iterable[Engine], base: Interpreter) -> set[str]:
-    """The layers that today's locks and sources ask for, under one interpreter."""
+def current_names(
+    engines: Iterable[Engine], base: Interpreter, patches: Iterable[str] = ()
+) -> set[str]:
+    """The layers that today's locks and sources ask for, under one interpreter.
+
+    ``patches``: the variants of patch sets that cells are run with.
+    """
     names: set[str] = set()
     with contextlib.suppress(EnvironmentBuildError):  # not for this Python, or no lock yet
         names.update(layer.name for layer in _reference_layers(base))
@@ -181,6 +206,13 @@ def current_names(engines: Iterable[Engine], base: Interpreter) -> set[str]:
                 below = _engine_layers(engine, build, base)
                 top = _plugin_layer(below[-1].name, engine, build.platform)
                 names.update(layer.name for layer in (*below, top))
+                for variant in patches:
+                    with contextlib.suppress(PatchVersionError):  # not for this release
+                        patched = patched_engine.layer(
+                            env_root(), below[-1], engine, build.platform, variant
+                        )
+                        top = _plugin_layer(patched.name, engine, build.platform)
+                        names.update((patched.name, top.name))
     return names
 
 

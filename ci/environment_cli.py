@@ -15,13 +15,13 @@ from dflash_plugin.errors import UnknownCellError, UsageError, near_names
 from . import environment, layers, lock
 from .environment import Environment
 
-_PLUGIN_SUFFIX = "/plugin"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``python -m ci env``."""
     parser.add_argument(
-        "id", nargs="?", help="`reference`, an engine id, or <engine id>/plugin; built if missing"
+        "id",
+        nargs="?",
+        help="`reference`, an engine id, or <engine id>/<variant>; built if missing",
     )
     parser.add_argument("--platform", default="cpu", help="build of the engine (default: cpu)")
     parser.add_argument("--python", type=Path, metavar="PATH", help="make it from this interpreter")
@@ -60,17 +60,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find(name: str, *, platform: str, python: Path | None = None) -> Environment:
-    """The environment named ``reference``, ``<engine id>`` or ``<engine id>/plugin``."""
+    """The environment named ``reference``, ``<engine id>`` or ``<engine id>/<variant>``."""
     if name == lock.REFERENCE:
         return environment.ensure_reference(python=python)
-    engines = matrix.load().engines
-    engine = engines.get(name.removesuffix(_PLUGIN_SUFFIX))
-    if engine is None:
+    data = matrix.load()
+    engine_id, slash, wanted = name.partition("/")
+    engine = data.engines.get(engine_id)
+    variant = data.variants.get(wanted if slash else "stock")
+    if engine is None or variant is None:
+        known = [f"{engine_id}/{one}" for one in data.variants] if engine else data.engines
         raise UnknownCellError(
-            f"no environment {name!r}", hint=near_names(name, [lock.REFERENCE, *engines])
+            f"no environment {name!r}", hint=near_names(name, [lock.REFERENCE, *known])
         )
-    plugin = name.endswith(_PLUGIN_SUFFIX)
-    return environment.ensure_engine(engine, platform, plugin=plugin, python=python)
+    return environment.ensure_engine(
+        engine, platform, plugin=variant.plugin, patches=variant.patches, python=python
+    )
 
 
 def _folders(root: Path) -> list[Path]:
@@ -107,7 +111,9 @@ def _list(as_json: bool) -> int:
 def _prune(as_json: bool) -> int:
     """Remove the layers that nothing current needs; keeps those of any Python still in use."""
     root = environment.env_root()
-    engines = list(matrix.load().engines.values())
+    data = matrix.load()
+    engines = list(data.engines.values())
+    patches = [variant.patches for variant in data.variants.values() if variant.patches]
     found = {path.name: layers.read(path) for path in _folders(root)}
     # A layer is current if today's locks ask for it under the Python it was made with, or if
     # a current layer lies on it.
@@ -116,7 +122,7 @@ def _prune(as_json: bool) -> int:
     current: set[str] = set()
     for version, machine in {*pythons, (running.version, running.machine)}:
         base = layers.Interpreter(Path(f"python{version}"), version, machine, {})
-        current |= environment.current_names(engines, base)
+        current |= environment.current_names(engines, base, patches)
     gone = {}
     for name in sorted(set(found) - current):
         megabytes = round(_size(root / name) / 1e6)

@@ -9,7 +9,7 @@ from pathlib import Path
 from dflash_plugin import matrix
 from dflash_plugin.errors import DFlashError
 
-from . import lock, report
+from . import lock, patch_lint, report
 
 ROOT = Path(__file__).parents[1]
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home/\w+|root|work|tmp|opt)/[\w.-]+")
@@ -18,7 +18,7 @@ MAX_LINES = 450
 
 def problems() -> list[str]:
     """Every problem found, one line each; empty when all is well."""
-    return [*_matrix(), *_locks(), *_readme(), *_files()]
+    return [*_matrix(), *_locks(), *_readme(), *patch_lint.problems(ROOT / "patches"), *_files()]
 
 
 def _matrix() -> list[str]:
@@ -57,7 +57,17 @@ def _files() -> list[str]:
         return [f"{ROOT}: git ls-files failed, so no file was looked at ({err})"]
     for name in filter(None, listed.stdout.split("\0")):
         path = ROOT / name
-        if path.suffix not in {".py", ".toml", ".md", ".yml", ".json", ".jsonl", ".txt", ""}:
+        if path.suffix not in {
+            ".py",
+            ".toml",
+            ".md",
+            ".yml",
+            ".json",
+            ".jsonl",
+            ".txt",
+            ".patch",
+            "",
+        }:
             continue
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

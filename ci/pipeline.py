@@ -312,10 +312,18 @@ def _models(cell: Cell, overrides: Overrides) -> tuple[Path, Path]:
 
 def engine_environment(cell: Cell, overrides: Overrides) -> Environment:
     """The cell's environment: the interpreter the user named, or a built one."""
+    variant = cell.variant
     for engine_id, python in overrides.env_python:
         if engine_id == cell.engine.id:
-            return environment.adopt(python, cell.engine, cell.variant.plugin)
-    return environment.ensure_engine(cell.engine, cell.platform, plugin=cell.variant.plugin)
+            if variant.patches is not None:
+                raise UsageError(
+                    f"{cell.id}: --env-python names an engine, and this cell needs a patched one",
+                    hint="leave --env-python out: a copy of the engine is patched for the cell",
+                )
+            return environment.adopt(python, cell.engine, variant.plugin)
+    return environment.ensure_engine(
+        cell.engine, cell.platform, plugin=variant.plugin, patches=variant.patches
+    )
 
 
 def say(text: str) -> None:

@@ -7,12 +7,17 @@ from collections.abc import Callable, Sequence
 from packaging.version import Version
 
 from dflash_plugin import shims, support
-from dflash_plugin.matrix import Cell, Matrix
+from dflash_plugin.matrix import Cell, Matrix, Variant
 from dflash_plugin.shims import Shim
 
 from .records import FAILED, NOT_RUN, PASSED, CellResult
 
-NATIVE_VARIANTS = ("stock", "plugin")
+_VARIANTS: tuple[Callable[[Variant], bool], ...] = (
+    lambda variant: not variant.plugin and variant.patches is None,
+    lambda variant: variant.plugin,
+    lambda variant: variant.patches is not None,
+)
+"""The table's columns: stock, with the plugin, patched."""
 
 
 def by_release(results: Sequence[CellResult], matrix: Matrix) -> list[str]:
@@ -24,14 +29,14 @@ def by_release(results: Sequence[CellResult], matrix: Matrix) -> list[str]:
         groups.setdefault(key, []).append((cell, found[cell.id]))
     lines = [
         "| release | platform | dflash-plugin | stock, pairs | with the plugin, pairs "
-        "| speed-up at batch 1 |",
-        "|---|---|---|---|---|---|",
+        "| patched, pairs | speed-up at batch 1 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (name, version, platform), rows in sorted(groups.items(), key=_age):
         level = support.decide(name, version, platform).level.value
         columns = [
-            outcome([result for cell, result in rows if cell.variant.name == variant])
-            for variant in NATIVE_VARIANTS
+            outcome([result for cell, result in rows if belongs(cell.variant)])
+            for belongs in _VARIANTS
         ]
         lines.append(
             f"| {name} {version} | {platform} | {level} | {' | '.join(columns)} "

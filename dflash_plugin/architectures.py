@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .pair import FULL, SLIDING
+from .pair_config import FULL, SLIDING
 from .toml_table import Table, read_toml, unique
 
 LINEAR = "linear_attention"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, errors
+from . import __version__, errors, patch_cli
 from .bench.options import add_arguments as add_bench_arguments
 
 
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
             usage="dflash-plugin bench [options] [-- ENGINE ARGS]",
         )
     )
+    patch_cli.add_parser(commands)
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -224,6 +225,7 @@ _COMMANDS = {
     "serve": _serve,
     "generate": _generate,
     "bench": _bench,
+    "patch": patch_cli.run,
     "pair": _pair,
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, engines, launch, matrix, support
-from .errors import DFlashError, EngineNotFoundError, UnsupportedEngineError
+from .errors import DFlashError, EngineNotFoundError, PatchStateError, UnsupportedEngineError
 from .pair import Check
 
 _ENTRY_POINTS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
@@ -96,7 +96,7 @@ def _engine(name: str) -> list[Check]:
     engine = engines.find(name)
     assert engine is not None
     found = f"{engine.version} ({engine.distribution}), platform {engine.platform}"
-    decision = support.decide(engine.name, engine.version, engine.platform)
+    decision = support.decide_for(engine)
     checks = [
         Check(name, "ok", found),
         Check(
@@ -107,10 +107,43 @@ def _engine(name: str) -> list[Check]:
             0 if decision.usable else UnsupportedEngineError.exit_code,
         ),
         _entry_point(name),
+        *_patches(engine),
     ]
     checks += [_shim(name, shim) for shim in decision.shims]
     checks += [Check(f"{name} limit", "ok", limit) for limit in decision.limits]
     return checks
+
+
+def _patches(engine: engines.Installed) -> list[Check]:
+    """Whether the files are as its patch set left them; nothing where it has none."""
+    from . import patchset
+
+    site, label = Path(engine.location or ""), f"{engine.name} patches"
+    if patchset.interrupted(site):
+        return [
+            Check(
+                label,
+                "failed",
+                "a patch command was interrupted: files may be old or new",
+                "dflash-plugin patch status, which settles it",
+                PatchStateError.exit_code,
+            )
+        ]
+    if engine.variant is None:
+        return []
+    try:
+        found = patchset.status(patchset.site_tree(site, engine.name), patchset.patches_dir())
+    except DFlashError as err:
+        return [Check(label, "failed", err.message, err.hint, err.exit_code)]
+    return [
+        Check(
+            label,
+            "failed" if found.edited else "ok",
+            found.line(),
+            "reinstall the engine" if found.edited else "",
+            PatchStateError.exit_code if found.edited else 0,
+        )
+    ]
 
 
 def _shim(engine: str, name: str) -> Check:

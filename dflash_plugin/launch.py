@@ -115,7 +115,7 @@ def require_engine(name: str) -> tuple[engines.Installed, support.Support]:
             hint=f"pip install {' or '.join(engines.DISTRIBUTIONS[name])}, "
             "or run the dflash-plugin of the engine's environment",
         )
-    decision = support.decide(engine.name, engine.version, engine.platform)
+    decision = support.decide_for(engine)
     if not decision.usable:
         raise UnsupportedEngineError(decision.line(), hint=decision.next_step)
     return engine, decision

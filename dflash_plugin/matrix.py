@@ -160,6 +160,7 @@ def _variant(table: Table) -> Variant:
         name=table.identifier("name"),
         plugin=table.take("plugin", bool),
         description=table.take("description", str),
+        patches=table.take("patches", str, default=None),
     )
     table.finish()
     return variant

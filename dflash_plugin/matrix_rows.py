@@ -44,11 +44,16 @@ class Engine:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done to the stock engine: nothing, the plugin, a patch set."""
+    """What is done to the stock engine: nothing, the plugin, a patch set.
+
+    ``plugin``: its entry point is called. ``patches``: the variant of the patch set; the plugin
+    is installed then too, for the patches call its functions.
+    """
 
     name: str
     plugin: bool
     description: str
+    patches: str | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def register() -> None:
         os.environ[_ANNOUNCED] = str(os.getpid())
         log.info(
             "dflash-plugin: %s",
-            support.decide("sglang", engine.version, engine.platform).line(),
+            support.decide_for(engine).line(),
         )
     except Exception:  # the engine must start whatever is wrong with this package
         log.exception("dflash-plugin: not active; SGLang runs as published")

@@ -6,10 +6,13 @@ they run as if this package were not installed.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
 from packaging.version import Version
+
+from . import engines
 
 
 class Level(str, Enum):
@@ -272,13 +275,33 @@ _VLLM_DIFFERENCES = (
 )
 
 
-def decide(engine: str, version: str, platform: str) -> Support:
+def decide_for(engine: engines.Installed) -> Support:
+    """:func:`decide` for an engine that was found."""
+    return decide(
+        engine.name,
+        engine.version,
+        engine.platform,
+        variant=engine.variant,
+        replaced=engine.replaced_shims,
+    )
+
+
+def decide(
+    engine: str,
+    version: str,
+    platform: str,
+    *,
+    variant: str | None = None,
+    replaced: Collection[str] = (),
+) -> Support:
     """The support decision for an installed engine; never raises.
 
     Args:
         engine: ``vllm`` or ``sglang``.
         version: as its metadata says, local part allowed.
         platform: ``cpu``, ``cuda``, ``rocm``, ``xpu`` or ``unknown``.
+        variant: the patch set that its sources were given; None: none.
+        replaced: the shims which that set stands for.
     """
 
     def refused(reason: str, next_step: str) -> Support:
@@ -310,18 +333,28 @@ def decide(engine: str, version: str, platform: str) -> Support:
             "the release has no dflash method, and the plugin's own is for CPUs and CUDA",
             f"use vLLM {_oldest_native()} to {newest}",
         )
-    bridged = [
+    needed = [
         d
         for d in _VLLM_DIFFERENCES
         if Version(d.first) <= base <= Version(d.last) and d.platform in (None, platform)
     ]
-    level, reason = row.level, f"{row.reason} is used unchanged"
+    bridged = [d for d in needed if d.shim not in replaced]
+    level, parts = row.level, [row.reason]
+    if variant is not None:
+        level = Level.PATCH
+        parts += [f"patched ({variant})" + _what([d for d in needed if d.shim in replaced])]
     if bridged:
         level = Level.SHIM if level is Level.NATIVE else level
-        verb = "repaired" if level is Level.SHIM else "added"
-        reason = f"{row.reason}, {verb}: {'; '.join(dict.fromkeys(d.what for d in bridged))}"
+        verb = "added" if row.level is Level.REGISTERED else "repaired"
+        parts += [verb + _what(bridged)]
+    reason = ", ".join(parts) if len(parts) > 1 else f"{row.reason} is used unchanged"
     names = tuple(dict.fromkeys(d.shim for d in bridged))
     return Support(engine, version, platform, level, reason, row.limits, shims=names)
+
+
+def _what(differences: Collection[Difference]) -> str:
+    texts = "; ".join(dict.fromkeys(d.what for d in differences))
+    return f": {texts}" if texts else ""
 
 
 def _oldest_native() -> str:

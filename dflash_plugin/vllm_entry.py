@@ -28,7 +28,12 @@ def register() -> None:
         if engine is None:
             log.warning("dflash-plugin: no vLLM distribution found; nothing done")
             return
-        decision = support.decide("vllm", engine.version, engine.platform)
+        if engine.half_patched:
+            log.warning(
+                "dflash-plugin: a patch command was stopped half-way, so files of this vLLM may be "
+                "old or new; run `dflash-plugin patch status`, which settles it"
+            )
+        decision = support.decide_for(engine)
         _announce(log, decision.line())
         if decision.shims:
             from . import shims

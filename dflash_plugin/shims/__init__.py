@@ -6,6 +6,7 @@ engine imports it itself, so a shim that is not needed costs nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.abc
 import importlib.util
@@ -17,6 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+
+from .. import engines, support
+from ..errors import UnsupportedEngineError
 
 NAMES: Mapping[str, str] = {
     "context-k-norm": "vllm_context_k_norm",
@@ -123,19 +127,62 @@ def resolve(module: ModuleType, symbol: str) -> object:
     return found
 
 
+def patched(name: str) -> None:
+    """Apply a shim to its module while that is imported, in an engine patched to ask for it.
+
+    A patch calls this below the last definition that the shim needs; see patches/README.md.
+    It does nothing on platforms that the difference does not concern.
+
+    Raises:
+        UnsupportedEngineError: the repair that the patch promises cannot be made, so the engine
+            must not run.
+    """
+    shim = load(name)
+    platforms = {d.platform for d in support.vllm_differences() if d.shim == name}
+    module = sys.modules[shim.module]
+    if applied(shim, module) or not platforms & {None, _platform()}:
+        return
+    try:
+        wrong = _unknown(shim, module)
+    except (AttributeError, ImportError) as err:
+        wrong = str(err)
+    if wrong:
+        raise UnsupportedEngineError(
+            f"dflash-plugin: this engine was patched for {shim.name}, and {wrong}",
+            hint="revert the patch (dflash-plugin patch revert), and apply that of this release",
+        )
+    shim.apply(module)
+    setattr(module, _marker(shim), True)
+
+
+@functools.cache
+def _platform() -> str:
+    engine = engines.find("vllm")
+    if engine is None:
+        raise UnsupportedEngineError(
+            "dflash-plugin: this vLLM was patched, and its metadata are not installed",
+            hint="reinstall vLLM; without them nobody knows which platform it is for",
+        )
+    return engine.platform
+
+
+def _unknown(shim: Shim, module: ModuleType) -> str:
+    """What is not the source that the shim was written for; empty: all of it is."""
+    for symbol, known in shim.fingerprints.items():
+        found = fingerprint(resolve(module, symbol))
+        if found not in known:
+            return f"{symbol} in {shim.module} is not the source it was written for ({found})"
+    return ""
+
+
 def _apply(shim: Shim, module: ModuleType, log: logging.Logger) -> None:
     if applied(shim, module):
         return
     try:
-        for symbol, known in shim.fingerprints.items():
-            found = fingerprint(resolve(module, symbol))
-            if found not in known:
-                log.warning(
-                    "dflash-plugin: %s not applied: %s in %s is not the source it was written "
-                    "for (%s); update dflash-plugin",
-                    *(shim.name, symbol, shim.module, found),
-                )
-                return
+        wrong = _unknown(shim, module)
+        if wrong:
+            log.warning("dflash-plugin: %s not applied: %s; update dflash-plugin", shim.name, wrong)
+            return
         done = shim.apply(module)
         setattr(module, _marker(shim), True)
         log.debug("dflash-plugin: %s: %s", shim.name, done)

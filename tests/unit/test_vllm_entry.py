@@ -147,7 +147,7 @@ def test_without_an_engine_one_line_says_so(site, installed, caplog):
 
 @pytest.mark.parametrize("where", [(engines, "find"), (support, "decide"), (shims, "install")])
 def test_whatever_goes_wrong_the_engine_starts(vllm_cpu, monkeypatch, caplog, where):
-    def broken(*_args):
+    def broken(*_args, **_options):
         raise RuntimeError("broken here")
 
     monkeypatch.setattr(*where, broken)

@@ -1,0 +1,89 @@
+"""Every patch set on the real files of its release, with the tool that users have; one cell."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from cell_runs import harness
+
+from ci import engine_sources, patch_files, patches
+from ci.engine_sources import Tree
+from ci.records import FAILED, PASSED
+from dflash_plugin import patchset
+
+SETS = [
+    pytest.param(tree, variant, id=f"{tree.id}-{variant}")
+    for tree in engine_sources.trees()
+    for engine, version, variant in patchset.available(patch_files.ROOT)
+    if (engine, version) == ("vllm", tree.version)
+]
+BUILT = [param for param in SETS if param.values[0].python is not None]
+
+
+def test_no_release_is_left_out() -> None:
+    """Of those with a build for this platform; CUDA wheels come from DFLASH_WHEEL_SOURCES."""
+    wanted = {"0.18.1", "0.19.1", "0.20.2", "0.24.0", "0.30.0", "0.32.0"}
+    missing = wanted - {param.values[0].version for param in BUILT}
+    if missing:
+        pytest.skip(f"not built here: {', '.join(sorted(missing))} (python -m ci env vllm-VERSION)")
+
+
+def part_of(tree: Tree, variant: str, folder: Path) -> Path:
+    """The files that a set touches, and the metadata: what the tool needs of an installation."""
+    for path in patchset.load(patch_files.ROOT, "vllm", tree.version, variant).paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(tree.site / path, folder / path)
+    (info,) = tree.site.glob(f"{tree.distribution.replace('-', '_')}-*.dist-info")
+    shutil.copytree(info, folder / info.name)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("tree", "variant"), BUILT)
+def test_applied_reverted_and_applied_again(tree: Tree, variant: str, tmp_path: Path) -> None:
+    engine = patchset.site_tree(part_of(tree, variant, tmp_path / "site"), "vllm")
+    one = patchset.load(patch_files.ROOT, "vllm", tree.version, variant)
+    published = contents(engine.root)
+    began = time.monotonic()
+    patchset.apply(engine, one)
+    assert time.monotonic() - began < 2
+    patched = contents(engine.root)
+    assert {path for path in one.paths if patched[path] == published[path]} == set()
+    began = time.monotonic()
+    status = patchset.status(engine, patch_files.ROOT)
+    assert time.monotonic() - began < 0.5
+    assert (status.variant, status.current, status.edited) == (variant, True, ())
+    assert status.version == f"{tree.version}+dflash.{variant}"
+    assert status.replaces_shims == one.replaces_shims
+    patchset.revert(engine)
+    assert contents(engine.root) == published
+    patchset.apply(engine, one)
+    assert contents(engine.root) == patched
+
+
+@pytest.mark.parametrize(("tree", "variant"), SETS)
+def test_the_files_are_what_git_writes_for_these_sources(tree: Tree, variant: str) -> None:
+    row = patches.check(tree, variant, imports=False)
+    assert FAILED not in row.checks.values(), row.notes
+
+
+@pytest.mark.parametrize(
+    ("tree", "variant"), [param for param in BUILT if param.values[1] == patch_files.ALL]
+)
+def test_patched_modules_are_imported_with_every_repair(tree: Tree, variant: str) -> None:
+    row = patches.check(tree, variant, imports=True)
+    assert row.checks["imports"] == PASSED, row.notes
+
+
+def test_a_patched_cell_is_lossless_and_faithful_without_the_plugin(tmp_path: Path) -> None:
+    cell = "vllm-0.32.0/patched-all/cpu/tiny-qwen3-mixed"
+    run = harness(tmp_path, "check", cell, "--profile", "tiny")
+    assert run.exit_code == 0, run.output[-3000:]
+    assert run.result["lossless"]["status"] == "passed"
+    assert run.result["faithful"]["status"] == "passed"
