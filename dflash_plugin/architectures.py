@@ -42,6 +42,33 @@ _LINEAR = (
 _MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
+TRAITS = {
+    "moe": "the target is a mixture of experts",
+    "mla": "the target's keys and values are one latent vector",
+    "attention-sinks": "the target's heads have sinks",
+    "linear-state": "the target has recurrent layers, whose state is rewound on rejection",
+    "target-windows": "the target has sliding-window layers",
+    "output-gate": "the target's attention output is gated",
+    "partial-rotary": "the target rotates part of a head",
+    "yarn": "yarn rope in the target or the draft",
+    "tied-head": "the target's head is its embedding",
+    "keys-as-values": "the target's global layers use keys as values",
+    "embedding-scale": "embeddings are multiplied by the root of the width",
+    "softcap": "logits are capped",
+    "two-head-sizes": "the heads of target and draft have two sizes: separate KV groups",
+    "three-head-sizes": "they have three: the target alone has two",
+    "draft-mixed-windows": "the draft has sliding and full layers",
+    "draft-all-sliding": "all layers of the draft slide",
+    "taps-linear-only": "every tap is on a recurrent layer",
+    "taps-full-only": "every tap is on a full layer, of a target that has others too",
+    "taps-mixed": "taps on layers of two kinds",
+    "mask-past-tokenizer": "the mask token is beyond the tokenizer and within the embedding",
+    "mask-low": "the mask token is one of the first ids",
+    "dflash2": "a draft of the second kind: convolutions and a candidate selector",
+}
+"""What a tiny replica of a pair has to keep, by short name."""
+
+
 @dataclass(frozen=True)
 class Target:
     """A target's shape in the words of its ``config.json``; None: unknown, or not there.
@@ -264,7 +291,7 @@ def tap_kinds(target: Target, draft: Draft) -> tuple[str, ...]:
 
 
 def traits(target: Target, draft: Draft) -> tuple[str, ...]:
-    """What a tiny replica of the pair has to keep, as short names (docs/pairs.md lists them)."""
+    """The names of :data:`TRAITS` that the pair has."""
     kinds = set(tap_kinds(target, draft))
     sizes = {target.head_dim, target.global_head_dim, draft.head_dim} - {None}
     full = draft.num_hidden_layers - draft.sliding_layers
@@ -292,7 +319,7 @@ def traits(target: Target, draft: Draft) -> tuple[str, ...]:
         "mask-low": draft.mask_token_id is not None and draft.mask_token_id < 10,
         "dflash2": draft.dflash2 is not None,
     }
-    return tuple(name for name, has in found.items() if has)
+    return tuple(name for name in TRAITS if found[name])
 
 
 @dataclass(frozen=True)
@@ -321,6 +348,8 @@ def _target(table: Table) -> Target:
         table.reference(f"weights.{key}", dtype, BYTES)
     experts = _sizes(table, "experts", _EXPERTS, ("first_dense", "shared_experts"))
     unit = table.strings("layer_types") if "layer_types" in table.raw else (FULL,)
+    if not unit:
+        raise table.error("layer_types is empty", hint="leave it out: full attention throughout")
     for kind in unit:
         table.reference("layer_types", kind, dict.fromkeys((FULL, SLIDING, LINEAR)))
     target = Target(

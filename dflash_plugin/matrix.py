@@ -19,6 +19,7 @@ from .errors import MatrixError, UnknownCellError, near_names
 from .matrix_rows import (
     ANNOUNCED,
     DEMO,
+    DFLASH2,
     PUBLISHED,
     REPLICA,
     SERVES,
@@ -36,8 +37,9 @@ from .matrix_rows import (
 )
 from .toml_table import Table, read_toml, unique
 
-__all__ = ["SERVES", "VERDICTS", "Build", "Cell", "Engine", "Expected", "Known", "Matrix", "Pair",
-           "Profile", "Published", "Variant", "default_path", "load"]  # fmt: skip
+__all__ = ["DFLASH2", "PUBLISHED", "REPLICA", "SERVES", "STATUSES", "VERDICTS", "Build", "Cell",
+           "Engine", "Expected", "Known", "Matrix", "Pair", "Profile", "Published", "Variant",
+           "default_path", "load"]  # fmt: skip
 T = TypeVar("T")
 
 

@@ -46,6 +46,7 @@ LAYERS = {
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,
+    "known_pairs": 4,
     "patch_cli": 4,
     "training": 4,
     "bench": 4,
@@ -54,8 +55,9 @@ LAYERS = {
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
 # and what follows from the config; the matrix is a file of tables and names shapes; the
-# console shows what `local` generates; a patch set is for an engine's files, whose names are
-# known there, and is written as what is in the cache.
+# console shows what `local` generates, and the benchmark times it; a patch set is for an
+# engine's files, whose names are known there, and is written as what is in the cache; the
+# doctor says what is known of a pair.
 SIDEWAYS = {
     ("pair", "pair_config"),
     ("pair_config", "config_file"),
@@ -68,6 +70,8 @@ SIDEWAYS = {
     ("architectures", "pair_config"),
     ("draft_math", "pair"),
     ("console", "local"),
+    ("bench", "local"),
+    ("doctor", "known_pairs"),
     ("patchset", "engines"),
     ("patchset", "cache"),
 }
