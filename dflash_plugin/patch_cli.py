@@ -125,8 +125,8 @@ def _status(args: argparse.Namespace) -> int:
         if found.settled:
             print(found.settled, file=sys.stderr)
         print(found.line())
-        if found.variant is None and found.variants:
-            print(f"patch sets for {found.release}: {', '.join(found.variants)}")
+        if found.variant is None and found.release:
+            print(f"patch sets for {found.release}: {', '.join(found.variants) or 'none'}")
     return PatchStateError.exit_code if found.edited else 0
 
 

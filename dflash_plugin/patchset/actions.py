@@ -14,7 +14,7 @@ from .format import Patch, reverse
 from .series import PatchSet, available, load
 from .state import State
 from .text import apply_text, blob_id
-from .transaction import Files
+from .transaction import Change, Files
 from .tree import Contents, Tree, check_access, read, sha256
 
 
@@ -88,7 +88,9 @@ def status(tree: Tree, patches: Path, files: Files | None = None) -> Status:
 def check(tree: Tree, patch_set: PatchSet, files: Files | None = None) -> Contents:
     """What :func:`apply` would do; changes nothing, and raises what it would raise."""
     with _ready(tree, files or Files()):
-        return _apply_plan(tree, patch_set)
+        contents, changes = _apply_plan(tree, patch_set)
+        check_access(tree.root, [change.path for change in changes])
+    return contents
 
 
 def apply(tree: Tree, patch_set: PatchSet, files: Files | None = None) -> Contents:
@@ -106,21 +108,8 @@ def apply(tree: Tree, patch_set: PatchSet, files: Files | None = None) -> Conten
     """
     files = files or Files()
     with _ready(tree, files):
-        contents = _apply_plan(tree, patch_set)
-        base = tree.version() or patch_set.version
-        site = tree.version() is not None
-        state = State(
-            tree.engine,
-            patch_set.version,
-            patch_set.variant,
-            base,
-            distinfo.patched_version(base, patch_set.variant) if site else base,
-            patch_set.sha256,
-            patch_set.replaces_shims,
-            {path: (_sha(old), _sha(new)) for path, (old, new) in contents.items()},
-            tuple((patch.name, patch.text) for patch in patch_set.patches),
-        )
-        _commit(tree, tree.finished(contents, state), files)
+        contents, changes = _apply_plan(tree, patch_set)
+        _commit(tree, changes, files)
     return contents
 
 
@@ -169,7 +158,8 @@ def _settle(root: Path, files: Files) -> str | None:
         return transaction.recover(root, files)
 
 
-def _apply_plan(tree: Tree, patch_set: PatchSet) -> Contents:
+def _apply_plan(tree: Tree, patch_set: PatchSet) -> tuple[Contents, Sequence[Change]]:
+    """The files of the engine as they will be, and every change that makes them so."""
     state, version = tree.state(), tree.version()
     if state is not None:
         raise PatchStateError(
@@ -204,7 +194,19 @@ def _apply_plan(tree: Tree, patch_set: PatchSet) -> Contents:
             f"{tree.root}: not as they were published: {', '.join(edited)}",
             hint="reinstall the engine; in a git checkout commit or stash the changes",
         )
-    return contents
+    base = version or patch_set.version
+    done = State(
+        tree.engine,
+        patch_set.version,
+        patch_set.variant,
+        base,
+        base if version is None else distinfo.patched_version(base, patch_set.variant),
+        patch_set.sha256,
+        patch_set.replaces_shims,
+        {path: (_sha(old), _sha(new)) for path, (old, new) in contents.items()},
+        tuple((patch.name, patch.text) for patch in patch_set.patches),
+    )
+    return contents, tree.finished(contents, done)
 
 
 def _plan(tree: Tree, patches: Sequence[Patch], *, undo: bool = False) -> Contents:
@@ -241,7 +243,7 @@ def _plan(tree: Tree, patches: Sequence[Patch], *, undo: bool = False) -> Conten
     return {path: (before[path], now[path]) for path in before}
 
 
-def _commit(tree: Tree, changes: Sequence[transaction.Change], files: Files) -> None:
+def _commit(tree: Tree, changes: Sequence[Change], files: Files) -> None:
     check_access(tree.root, [change.path for change in changes])
     transaction.commit(tree.root, changes, files)
 

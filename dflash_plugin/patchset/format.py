@@ -8,6 +8,9 @@ in ASCII up to the first ``diff --git``, the paths those of a wheel (``vllm/…`
 last paragraph of the commit's message holds the fields of :data:`FIELDS`; a line that begins with
 a blank continues the one above it. Of what git can express only this is accepted: text files
 (UTF-8, LF) that are modified, added or deleted; no rename, copy, binary file or change of mode.
+
+An own reader, because being strict is its purpose: unidiff 1.0 and whatthepatch 1.0 accept hunks
+whose line numbers do not add up, carriage returns, text after the last hunk, and `..` in paths.
 """
 
 from __future__ import annotations

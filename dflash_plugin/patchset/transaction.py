@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..engines import PATCH_STAGING as STAGING
+from ..engines import PATCH_STAGING
 from ..errors import PatchBusyError, PatchStateError, PatchTargetError
 
 _FORWARD, _UNDO = "journal.json", "journal-undo.json"
@@ -107,12 +107,15 @@ def locked(root: Path) -> Iterator[None]:
     except OSError as err:
         raise PatchTargetError(f"{root}: {err.strerror}") from err
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise PatchBusyError(
+                f"{root}: another patch command is at work there", hint="wait until it has ended"
+            ) from err
+        except OSError as err:
+            raise PatchTargetError(f"{root}: cannot be locked: {err.strerror}") from err
         yield
-    except BlockingIOError as err:
-        raise PatchBusyError(
-            f"{root}: another patch command is at work there", hint="wait until it has ended"
-        ) from err
     finally:
         os.close(fd)
 
@@ -141,7 +144,7 @@ def commit(root: Path, changes: Sequence[Change], files: Files) -> None:
 
 def interrupted(root: Path) -> bool:
     """Whether a command was stopped in the middle of changing this tree."""
-    return any((root / STAGING / name).exists() for name in (_FORWARD, _UNDO))
+    return any((root / PATCH_STAGING / name).exists() for name in (_FORWARD, _UNDO))
 
 
 def recover(root: Path, files: Files) -> str | None:
@@ -154,7 +157,7 @@ def recover(root: Path, files: Files) -> str | None:
         PatchStateError: files were changed in the meantime.
         PatchTargetError: the file system refuses; the next command tries again.
     """
-    staging = root / STAGING
+    staging = root / PATCH_STAGING
     if not staging.is_dir() or staging.is_symlink():
         return None
     found = next((staging / n for n in (_FORWARD, _UNDO) if (staging / n).exists()), None)
@@ -193,7 +196,7 @@ class _Journal:
 
     def __init__(self, root: Path, entries: Sequence[_Entry], files: Files) -> None:
         self.root, self.entries, self.files = root, entries, files
-        self.staging = root / STAGING
+        self.staging = root / PATCH_STAGING
 
     def _staged(self, side: str, number: int) -> Path:
         return self.staging / f"{side}-{number}"

@@ -291,7 +291,15 @@ def test_a_broken_state_file(site, swa, patches, text):
 
 
 @pytest.mark.parametrize(
-    "what", ["read-only file", "read-only folder", "link out", "folder link", "owner"]
+    "what",
+    [
+        "read-only file",
+        "read-only folder",
+        "read-only metadata",
+        "link out",
+        "folder link",
+        "owner",
+    ],
 )
 def test_files_that_may_not_be_touched(site, swa, tmp_path, monkeypatch, what):
     draft = site / "vllm/draft.py"
@@ -300,6 +308,8 @@ def test_files_that_may_not_be_touched(site, swa, tmp_path, monkeypatch, what):
         draft.chmod(0o444)
     elif what == "read-only folder":
         (site / "vllm").chmod(0o555)
+    elif what == "read-only metadata":
+        (site / "vllm-0.24.0.dist-info/RECORD").chmod(0o444)
     elif what == "link out":
         draft.rename(tmp_path / "draft.py")
         draft.symlink_to(tmp_path / "draft.py")
@@ -313,8 +323,9 @@ def test_files_that_may_not_be_touched(site, swa, tmp_path, monkeypatch, what):
         words = "belongs to user .* runs as user 12345"
     before = snapshot(site)
     try:
-        with pytest.raises(PatchTargetError, match=words):
-            patchset.apply(patchset.site_tree(site, "vllm"), swa)
+        for act in (patchset.check, patchset.apply):
+            with pytest.raises(PatchTargetError, match=words):
+                act(patchset.site_tree(site, "vllm"), swa)
     finally:
         (site / "vllm").chmod(0o755)
     assert snapshot(site) == before

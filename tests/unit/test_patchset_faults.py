@@ -154,7 +154,7 @@ def test_old_or_new_after_a_fault_at_each_operation(kind, what):
 
 @pytest.mark.parametrize("second", ["kill", "fail"])
 def test_recovery_itself_can_be_stopped_anywhere(second):
-    stops = range(1, 80, 7)
+    stops = range(1, 80, 13)
     for first in stops:
         fault = 1
         while True:
@@ -180,7 +180,7 @@ trees = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(trees, min_size=2, max_size=4).filter(
         lambda steps: all(a != b for a, b in itertools.pairwise(steps))
