@@ -161,6 +161,7 @@ def _served(args: argparse.Namespace, engine_args: Sequence[str]) -> int:
     machine = args.hardware or hardware.describe(cpu=engine.platform == "cpu")
     args.model = args.model or launch.DEMO
     facts = _facts(args.model, f"{engine.name} {engine.base_version}", machine, engine_args)
+    facts["plugin_of_engine"] = servers.plugin_version(args.engine_python)
     facts["draft_sha256"] = (resolved.draft_sha256 or {}).get("model.safetensors")
     if args.sweep_k:
         return _swept(args, starter, resolved, most, facts)

@@ -25,6 +25,11 @@ class Comparison:
     differ: tuple[str, ...]
     row: Published
 
+    @property
+    def differing(self) -> str:
+        """The names of the settings that differ."""
+        return ", ".join(text.partition(":")[0] for text in self.differ)
+
 
 def compare(
     settings: Mapping[str, Any], summary: Mapping[str, Any], rows: Iterable[Published]
@@ -81,14 +86,14 @@ def _differences(settings: Mapping[str, Any], dataset: str, row: Published) -> t
         "draft": row.draft,
     }
     differ = [
-        f"{name} {_shown(ours[name])} (published: {_shown(theirs[name])})"
+        f"{name}: {_shown(ours[name])} (published: {_shown(theirs[name])})"
         for name in ours
         if _plain(ours[name]) != _plain(theirs[name])
     ]
     if "@" not in source:  # not the public data set at a revision
-        differ.append(f"prompts of {source}")
+        differ.append(f"prompts: of {source}")
     if row.revision:
-        differ.append(f"draft revision (published: {row.revision})")
+        differ.append(f"draft revision: not known (published: {row.revision})")
     return tuple(differ)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,15 @@ def find_engine(name: str, python: str) -> engines.Installed:
     if python == sys.executable:
         return launch.require_engine(name)[0]
     return process.installed_at(Path(python), name)
+
+
+def plugin_version(python: str) -> str | None:
+    """This package's version in the engine's environment; None: the engine is as published."""
+    code = "from importlib.metadata import version; print(version('dflash-plugin'))"
+    told = subprocess.run(
+        [python, "-I", "-c", code], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    return told.stdout.strip() or None
 
 
 def dflash_arm(resolved: launch.ResolvedPair, k: int, name: str = DFLASH) -> Arm:

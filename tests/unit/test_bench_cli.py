@@ -238,6 +238,5 @@ def test_a_sweep_advises_and_serve_takes_it(fake: Fake, serving, tmp_path, capsy
     assert cli.main(args) == 2
     assert "--sweep-k" in capsys.readouterr().err
     # Resumed, nothing is left to do: no server is started.
-    serving[2] = fake.folder / "no-python"
-    monkeypatch.setattr("dflash_plugin.bench.servers.find_engine", lambda *_: ENGINE)
+    monkeypatch.setattr(process, "serve_all", lambda *_, **__: pytest.fail("started"))
     assert bench(tmp_path, *serving, "--concurrency", "1,2", "--sweep-k", "--resume") == 0

@@ -208,11 +208,11 @@ def test_the_same_settings_are_compared(measured):
 @pytest.mark.parametrize(
     ("key", "value", "word"),
     [
-        ("hardware", "CPU", "hardware CPU (published: 1x NVIDIA H200)"),
+        ("hardware", "CPU", "hardware: CPU (published: 1x NVIDIA H200)"),
         ("template", "raw", "template"),
         ("engine", "sglang 1", "engine"),
         ("draft", "another", "draft"),
-        ("arms", [{"name": "dflash", "num_speculative_tokens": 7}], "K 7 (published: 15)"),
+        ("arms", [{"name": "dflash", "num_speculative_tokens": 7}], "K: 7 (published: 15)"),
         ("datasets", [{"name": "set", "source": "mine.jsonl"}], "mine.jsonl"),
     ],
 )
