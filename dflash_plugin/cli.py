@@ -200,7 +200,8 @@ def _serve_known(
         k = advice.for_serving(engine, launch.resolve_pair(args.target), args.for_concurrency)
     command, env = launch.known_plan(engine, row, args.engine_args, k)
     print(decision.line(), file=sys.stderr)
-    for note in [*known_pairs.notes(row), known_pairs.NO_FILES]:
+    more = [*known_pairs.patch_note(decision), known_pairs.NO_FILES]
+    for note in [*known_pairs.notes(row), *more]:
         print(f"note: {note}", file=sys.stderr)
     print(_shell(command, env))
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from . import architectures, engines, launch, matrix, support
+from . import architectures, engines, launch, matrix, patchset, support
 from .errors import ModelNotFoundError, UnsupportedEngineError
 from .pair import Check
 
@@ -59,6 +59,17 @@ def notes(row: matrix.Pair, *, tokens: int = 8192) -> list[str]:
     if row.status == matrix.DFLASH2:
         lines.append("DFlash 2: this package cannot check such drafts; serve it --no-preflight")
     return [*lines, *([row.notes] if row.notes else [])]
+
+
+def patch_note(decision: support.Support) -> list[str]:
+    """A line about the patch sets that do the same as the shims of ``decision``, if any does."""
+    root = patchset.patches_dir()
+    if not decision.shims or not root.is_dir():
+        return []
+    wanted = (decision.engine, decision.version, "all")
+    if wanted not in {tuple(found) for found in patchset.available(root)}:
+        return []
+    return ["the same repairs in the engine's files instead: dflash-plugin patch apply all"]
 
 
 def select(

@@ -1,6 +1,6 @@
 """What ``serve --dry-run`` prints for every pair, engine and release; rewritten by
 
-python tests/unit/serve_golden.py
+python -m tests.unit.serve_golden
 """
 
 from __future__ import annotations

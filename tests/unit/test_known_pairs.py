@@ -72,7 +72,7 @@ def test_numbers_belong_to_a_generation():
 
 
 def test_every_pair_engine_and_release_as_recorded():
-    """Rewrite the record with `python tests/unit/serve_golden.py` and read its difference."""
+    """Rewrite the record with `python -m tests.unit.serve_golden` and read its difference."""
     assert serve_golden.render() == serve_golden.PATH.read_text(encoding="utf-8")
 
 
