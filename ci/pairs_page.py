@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dflash_plugin import architectures, known_pairs
+from dflash_plugin import known_pairs, traits
 from dflash_plugin.architectures import GIB
 from dflash_plugin.matrix import REPLICA, Matrix, Pair
 
@@ -54,7 +54,7 @@ def lines(matrix: Matrix) -> list[str]:
         "",
         "A replica has to keep the traits:",
         "",
-        *(f"- `{name}`: {meaning}" for name, meaning in architectures.TRAITS.items()),
+        *(f"- `{name}`: {meaning}" for name, meaning in traits.TRAITS.items()),
         "",
         "## Published acceptance lengths",
         "",
@@ -103,7 +103,7 @@ def _shape(row: Pair) -> str:
     target, draft = row.target_shape, row.draft_shape
     taps = "?"
     if target is not None and draft is not None and draft.target_layer_ids:
-        kinds = architectures.tap_kinds(target, draft)
+        kinds = traits.tap_kinds(target, draft)
         taps = ", ".join(
             f"{tap} {kind.removesuffix('_attention')}"
             for tap, kind in zip(draft.target_layer_ids, kinds, strict=True)
@@ -121,8 +121,8 @@ def _shape(row: Pair) -> str:
             f"block {draft.block_size or '?'}, mask "
             f"{'?' if draft.mask_token_id is None else draft.mask_token_id}"
         )
-    traits = ", ".join(known_pairs.traits(row)) or "?"
-    return f"| `{row.id}` | {what} | {taps} | {has} | {traits} |"
+    kept = ", ".join(traits.traits(target, draft)) or "–"
+    return f"| `{row.id}` | {what} | {taps} | {has} | {kept} |"
 
 
 def _published(matrix: Matrix, row: Pair) -> list[str]:

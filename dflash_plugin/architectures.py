@@ -1,4 +1,4 @@
-"""``data/architectures.toml`` -> shapes of published models: parameters, memory, traits.
+"""``data/architectures.toml`` -> shapes of published models: parameters and memory.
 
 Everything here is arithmetic on facts; a fact that is not known makes what needs it None.
 """
@@ -40,33 +40,6 @@ _LINEAR = (
     "linear_conv_kernel_dim",
 )
 _MLA = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-
-
-TRAITS = {
-    "moe": "the target is a mixture of experts",
-    "mla": "the target's keys and values are one latent vector",
-    "attention-sinks": "the target's heads have sinks",
-    "linear-state": "the target has recurrent layers, whose state is rewound on rejection",
-    "target-windows": "the target has sliding-window layers",
-    "output-gate": "the target's attention output is gated",
-    "partial-rotary": "the target rotates part of a head",
-    "yarn": "yarn rope in the target or the draft",
-    "tied-head": "the target's head is its embedding",
-    "keys-as-values": "the target's global layers use keys as values",
-    "embedding-scale": "embeddings are multiplied by the root of the width",
-    "softcap": "logits are capped",
-    "two-head-sizes": "the heads of target and draft have two sizes: separate KV groups",
-    "three-head-sizes": "they have three: the target alone has two",
-    "draft-mixed-windows": "the draft has sliding and full layers",
-    "draft-all-sliding": "all layers of the draft slide",
-    "taps-linear-only": "every tap is on a recurrent layer",
-    "taps-full-only": "every tap is on a full layer, of a target that has others too",
-    "taps-mixed": "taps on layers of two kinds",
-    "mask-past-tokenizer": "the mask token is beyond the tokenizer and within the embedding",
-    "mask-low": "the mask token is one of the first ids",
-    "dflash2": "a draft of the second kind: convolutions and a candidate selector",
-}
-"""What a tiny replica of a pair has to keep, by short name."""
 
 
 @dataclass(frozen=True)
@@ -283,43 +256,6 @@ def memory(
     each = target.kv_bytes(tokens) + draft.kv_bytes(tokens)
     each += (state or 0) * (1 + speculative_tokens)
     return Memory(weights, drafted * BYTES["bf16"], each * sequences, tokens, sequences)
-
-
-def tap_kinds(target: Target, draft: Draft) -> tuple[str, ...]:
-    """How each tapped target layer attends, in the order of the taps."""
-    return tuple(target.kind(tap) for tap in draft.target_layer_ids)
-
-
-def traits(target: Target, draft: Draft) -> tuple[str, ...]:
-    """The names of :data:`TRAITS` that the pair has."""
-    kinds = set(tap_kinds(target, draft))
-    sizes = {target.head_dim, target.global_head_dim, draft.head_dim} - {None}
-    full = draft.num_hidden_layers - draft.sliding_layers
-    found = {
-        "moe": bool(target.experts),
-        "mla": bool(target.mla),
-        "attention-sinks": target.attention_sinks,
-        "linear-state": LINEAR in target.unit,
-        "target-windows": SLIDING in target.unit,
-        "output-gate": target.attn_output_gate,
-        "partial-rotary": "partial_rotary_factor" in target.rope or "rotary_dim" in target.rope,
-        "yarn": "yarn" in (target.rope.get("rope_type"), draft.rope.get("rope_type")),
-        "tied-head": target.tie_word_embeddings is True,
-        "keys-as-values": target.attention_k_eq_v,
-        "embedding-scale": target.model_type.startswith("gemma"),
-        "softcap": bool(target.final_logit_softcapping or draft.final_logit_softcapping),
-        "two-head-sizes": len(sizes) == 2,
-        "three-head-sizes": len(sizes) == 3,
-        "draft-mixed-windows": bool(draft.sliding_layers and full),
-        "draft-all-sliding": bool(draft.sliding_layers and not full),
-        "taps-linear-only": kinds == {LINEAR},
-        "taps-full-only": kinds == {FULL} and len(set(target.unit)) > 1,
-        "taps-mixed": len(kinds) > 1,
-        "mask-past-tokenizer": draft.mask_past_tokenizer,
-        "mask-low": draft.mask_token_id is not None and draft.mask_token_id < 10,
-        "dflash2": draft.dflash2 is not None,
-    }
-    return tuple(name for name in TRAITS if found[name])
 
 
 @dataclass(frozen=True)

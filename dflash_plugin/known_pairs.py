@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from . import architectures, engines, launch, matrix, patchset, support
+from . import architectures, engines, launch, matrix, patchset, support, traits
 from .errors import ModelNotFoundError, UnsupportedEngineError
 from .pair import Check
 
@@ -41,13 +41,6 @@ def vllm_releases(row: matrix.Pair) -> tuple[str, str]:
     dflash2 = draft is not None and draft.dflash2 is not None
     first = support.first_release(shape.model_type if shape else None, dflash2=dflash2)
     return first, support.releases("vllm")[1]
-
-
-def traits(row: matrix.Pair) -> tuple[str, ...]:
-    """:func:`dflash_plugin.architectures.traits`; empty where a shape is not known."""
-    if row.target_shape is None or row.draft_shape is None:
-        return ()
-    return architectures.traits(row.target_shape, row.draft_shape)
 
 
 def notes(row: matrix.Pair, *, tokens: int = 8192) -> list[str]:
@@ -118,7 +111,7 @@ def as_json(row: matrix.Pair, chosen: Sequence[engines.Installed]) -> dict[str, 
         "generation": row.generation,
         "num_speculative_tokens": row.num_speculative_tokens or None,
         "model_type": shape.model_type if shape else None,
-        "traits": list(traits(row)),
+        "traits": list(traits.traits(shape, row.draft_shape)),
         "memory_gib": _gib(needed),
         "vllm": {"first": first, "last": last} if row.draft else None,
         "args": {name: list(args) for name, args in row.args.items()},
@@ -163,8 +156,8 @@ def checks(row: matrix.Pair, found: Sequence[engines.Installed]) -> list[Check]:
     except ModelNotFoundError as err:
         return [Check("pair", "failed", err.message, err.hint, err.exit_code)]
     results += [Check("pair facts", "ok", line) for line in notes(row)]
-    if traits(row):
-        results.append(Check("pair traits", "ok", ", ".join(traits(row))))
+    if has := traits.traits(row.target_shape, row.draft_shape):
+        results.append(Check("pair traits", "ok", ", ".join(has)))
     for engine in found:
         name = f"{engine.name} {engine.version}"
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dflash_plugin import architectures, matrix
+from dflash_plugin import architectures, matrix, traits
 from dflash_plugin.architectures import GIB, LINEAR
 from dflash_plugin.errors import MatrixError
 from dflash_plugin.pair_config import FULL, SLIDING, DraftConfig
@@ -151,7 +151,7 @@ def test_memory_is_unknown_where_a_half_is():
 
 def kinds(target: str, draft: str) -> dict[str, list[int]]:
     taps = DATA.drafts[draft].target_layer_ids
-    of = architectures.tap_kinds(DATA.targets[target], DATA.drafts[draft])
+    of = traits.tap_kinds(DATA.targets[target], DATA.drafts[draft])
     return {kind: [t for t, k in zip(taps, of, strict=True) if k == kind] for kind in set(of)}
 
 
@@ -183,14 +183,16 @@ def test_taps_that_are_on_full_layers(target, draft, full):
         ("kimi-k2.5", "mla yarn moe", "tied-head"),
         ("gpt-oss-20b", "attention-sinks target-windows moe yarn", "two-head-sizes"),
         ("qwen3-4b", "tied-head", "taps-full-only two-head-sizes"),
+        ("minimax-m2.5", "moe partial-rotary", "two-head-sizes"),
+        ("muse-glimmer-30b-dflash2", "dflash2 draft-all-sliding softcap", "draft-mixed-windows"),
     ],
 )
 def test_traits(pair, has, has_not):
     row = matrix.load().pair(pair)
-    found = architectures.traits(row.target_shape, row.draft_shape)
+    found = traits.traits(row.target_shape, row.draft_shape)
     assert set(has.split()) <= set(found)
     assert not set(has_not.split()) & set(found)
-    assert set(found) <= set(architectures.TRAITS)
+    assert set(found) <= set(traits.TRAITS)
 
 
 def test_layer_counts():

@@ -208,7 +208,7 @@ def test_json_of_a_pair(site, capsys):
     (row,) = json.loads(run(capsys, "pairs", "--json", "--family", "Llama-3.1")[1])
     assert row["published"][0]["al"]["gsm8k"] == 4.32
     assert row["memory_gib"]["total"] == pytest.approx(18.1, abs=0.05)
-    assert row["traits"] == []
+    assert row["traits"] == ["llama3-rope"]
 
 
 # --- doctor --pair ---
