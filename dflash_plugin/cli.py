@@ -99,6 +99,10 @@ def _add_what_if(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--platform", choices=["cuda", "rocm", "xpu", "cpu"], help="of that release (cuda)"
     )
+    command.add_argument(
+        "--context", type=_positive, default=8192, metavar="N",
+        help="tokens of the one sequence that the memory is estimated for (8192)",
+    )  # fmt: skip
 
 
 def _add_generate(commands: Any) -> None:
@@ -201,7 +205,7 @@ def _serve_known(
     command, env = launch.known_plan(engine, row, args.engine_args, k)
     print(decision.line(), file=sys.stderr)
     more = [*known_pairs.patch_note(decision), known_pairs.NO_FILES]
-    for note in [*known_pairs.notes(row), *more]:
+    for note in [*known_pairs.notes(row, args.context), *more]:
         print(f"note: {note}", file=sys.stderr)
     print(_shell(command, env))
     return 0
@@ -223,12 +227,15 @@ def _pairs(args: argparse.Namespace) -> int:
         family=args.family,
         status=args.status,
         memory=args.memory,
+        tokens=args.context,
         engine=engine if args.engine else None,
     )
     if args.json:
-        print(json.dumps([known_pairs.as_json(row, [engine]) for row in rows], indent=1))
+        print(
+            json.dumps([known_pairs.as_json(row, [engine], args.context) for row in rows], indent=1)
+        )
     elif rows:
-        print(known_pairs.as_text(rows, engine))
+        print(known_pairs.as_text(rows, engine, args.context))
     else:
         print("no pair matches", file=sys.stderr)
     return 0

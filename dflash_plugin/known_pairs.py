@@ -36,14 +36,14 @@ def require(row: matrix.Pair, engine: engines.Installed) -> support.Support:
 
 
 def vllm_releases(row: matrix.Pair) -> tuple[str, str]:
-    """The oldest (of those looked at) and the newest vLLM release for a pair."""
+    """The oldest and the newest vLLM release for a pair."""
     shape, draft = row.target_shape, row.draft_shape
     dflash2 = draft is not None and draft.dflash2 is not None
     first = support.first_release(shape.model_type if shape else None, dflash2=dflash2)
     return first, support.releases("vllm")[1]
 
 
-def notes(row: matrix.Pair, *, tokens: int = 8192) -> list[str]:
+def notes(row: matrix.Pair, tokens: int = 8192) -> list[str]:
     """Lines for people about a pair: its memory, generation and what else is known."""
     memory = row.memory(tokens)
     lines = [f"memory: {memory.line() if memory else 'unknown, as is the shape of one half'}"]
@@ -71,14 +71,15 @@ def select(
     family: str | None = None,
     status: str | None = None,
     memory: float | None = None,
+    tokens: int = 8192,
     engine: engines.Installed | None = None,
 ) -> list[matrix.Pair]:
     """The rows that match all of what is given; replicas only where asked for by status.
 
     Args:
         family: part of, or a glob over, the target's model type or name.
-        memory: GiB that weights and an 8192-token cache have to fit in; pairs of unknown
-            size are left out.
+        memory: GiB that the weights and the cache of one sequence of ``tokens`` have to fit
+            in; pairs of unknown size are left out.
         engine: only pairs that can be used on it.
     """
     found = []
@@ -88,7 +89,7 @@ def select(
         if family and not _matches(row, family.lower()):
             continue
         if memory is not None:
-            needed = row.memory()
+            needed = row.memory(tokens)
             if needed is None or needed.total > memory * architectures.GIB:
                 continue
         if engine is not None and not (row.draft and decide(row, engine).usable):
@@ -97,9 +98,11 @@ def select(
     return found
 
 
-def as_json(row: matrix.Pair, chosen: Sequence[engines.Installed]) -> dict[str, Any]:
+def as_json(
+    row: matrix.Pair, chosen: Sequence[engines.Installed], tokens: int = 8192
+) -> dict[str, Any]:
     """One pair for ``pairs --json``; None and empty: not known."""
-    needed, shape = row.memory(), row.target_shape
+    needed, shape = row.memory(tokens), row.target_shape
     first, last = vllm_releases(row)
     return {
         "id": row.id,
@@ -127,12 +130,12 @@ def as_json(row: matrix.Pair, chosen: Sequence[engines.Installed]) -> dict[str, 
     }  # fmt: skip
 
 
-def as_text(rows: Sequence[matrix.Pair], engine: engines.Installed) -> str:
+def as_text(rows: Sequence[matrix.Pair], engine: engines.Installed, tokens: int = 8192) -> str:
     """A table for people; the last column is the named engine's."""
     head = ("pair", "target", "status", "K", "GiB", f"{engine.name} {engine.version}")
     lines = [head]
     for row in rows:
-        needed, decision = row.memory(), decide(row, engine)
+        needed, decision = row.memory(tokens), decide(row, engine)
         level = decision.level.value if row.draft else "no draft yet"
         if row.draft and not decision.usable and decision.next_step:
             level += f": {decision.next_step}"

@@ -275,9 +275,9 @@ _VLLM_DIFFERENCES = (
 )
 
 
-# The first release looked at whose model of that type hands out taps, where that is not all of
-# them. Source: the releases' model classes (SupportsEagle3).
-_VLLM_TARGETS = {"gemma4": "0.19.1", "minimax_m2": "0.20.2", "qwen3_next": "0.24.0"}
+# The first release whose model of that type hands out taps, where that is not the oldest
+# usable one. Source: the releases' model classes (SupportsEagle3) and those of the one before.
+_VLLM_TARGETS = {"gemma4": "0.19.1", "minimax_m2": "0.20.0", "qwen3_next": "0.24.0"}
 _VLLM_DFLASH2 = "0.28.0"
 _LINEAR_TARGETS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 _SGLANG = ("0.5.11", "0.5.23")
@@ -384,10 +384,7 @@ def decide_pair(decision: Support, model_type: str | None, *, dflash2: bool = Fa
     if dflash2 and decision.platform == "cpu":
         return refused("DFlash 2 drafts want vLLM's V2 runner, which is for GPUs", first)
     if base < Version(first):
-        return refused(
-            f"its {model_type} targets do not hand out taps, or none were seen to before {first}",
-            first,
-        )
+        return refused(f"the release has no {model_type} target that hands out taps", first)
     if decision.platform == "cpu" and model_type in _LINEAR_TARGETS:
         limit = "linear attention runs on the CPU in bfloat16 alone"
         return replace(decision, limits=(*decision.limits, limit))
@@ -395,7 +392,7 @@ def decide_pair(decision: Support, model_type: str | None, *, dflash2: bool = Fa
 
 
 def first_release(model_type: str | None, *, dflash2: bool = False) -> str:
-    """The oldest vLLM release for such a pair, of those looked at."""
+    """The oldest vLLM release for such a pair."""
     wanted = [_oldest_usable(), _VLLM_TARGETS.get(model_type or "", "0")]
     return max([*wanted, _VLLM_DFLASH2] if dflash2 else wanted, key=Version)
 

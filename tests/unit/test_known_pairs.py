@@ -116,7 +116,7 @@ def test_k_may_be_less_and_not_more(capsys):
     [
         ("glm-5.1", 12, "announced", "pairs --status published"),
         ("gemma-4-31b-it --engine-version 0.18.1", 22, "taps", "use vLLM 0.19.1 to"),
-        ("minimax-m2.5 --engine-version 0.19.1", 22, "taps", "use vLLM 0.20.2 to"),
+        ("minimax-m2.5 --engine-version 0.19.1", 22, "taps", "use vLLM 0.20.0 to"),
         ("qwen3-coder-next --engine-version 0.22.1", 22, "taps", "use vLLM 0.24.0 to"),
         ("qwen3.8-27b-dflash2 --engine-version 0.26.0", 22, "DFlash 2", "use vLLM 0.28.0 to"),
         ("qwen3.8-27b-dflash2 --engine-version 0.32.0 --platform cpu", 22, "V2", "on a GPU"),
@@ -185,6 +185,14 @@ def test_filters(site, capsys):
     old = ids(capsys, "--engine", "vllm", "--engine-version", "0.18.1")
     assert "qwen3-8b" in old
     assert not {"gemma-4-31b-it", "minimax-m2.5", "qwen3-coder-next", "glm-5.1"} & set(old)
+
+
+def test_memory_is_for_the_context_asked_for(site, capsys):
+    fit = ["--family", "qwen3-8b", "--memory", "19"]
+    assert ids(capsys, *fit) == ["qwen3-8b"]
+    assert ids(capsys, *fit, "--context", "32768") == []
+    _, _, err = run(capsys, "serve", "qwen3-8b", "--dry-run", "--context", "32768")
+    assert "(1 x 32768 tokens)" in err
 
 
 def test_a_table_for_people(site, capsys):
