@@ -193,7 +193,8 @@ def known_plan(
         )
     config = engines.speculative_config(row.draft, k, row.draft_revision)
     args = ["--speculative-config", config, *recommended(engine, row.args, engine_args)]
-    return engines.serve_command(_python(engine), engine, row.target, [*args, *engine_args])
+    target = str(hub.local_folder(row.target) or row.target)
+    return engines.serve_command(_python(engine), engine, target, [*args, *engine_args])
 
 
 def _python(engine: engines.Installed) -> str:

@@ -201,7 +201,7 @@ def test_speculation_is_not_set_twice(engine, pair, capsys, given):
     assert "is written by `serve`" in fails(capsys, 2, *pair, "--", *given)
 
 
-def test_engine_arguments_are_for_serve_alone(capsys):
+def test_engine_arguments_are_for_commands_that_start_one(capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(["doctor", "--", "--port", "1"])
     assert caught.value.code == 2

@@ -101,6 +101,14 @@ def test_options_given_by_hand_win(capsys):
     assert given.endswith("'{}' --tensor_parallel_size=4\n".format(given.split("'")[1]))
 
 
+def test_a_target_that_lies_here_is_served_from_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "Qwen3-8B").mkdir(parents=True)
+    request = ["serve", "Qwen/Qwen3-8B", "--dry-run", "--engine-version", "0.33.0"]
+    command = shlex.split(run(capsys, *request)[1])
+    assert command[4] == str(launch.hub.local_folder("Qwen/Qwen3-8B"))
+
+
 def test_k_may_be_less_and_not_more(capsys):
     request = ["serve", "gpt-oss-20b", "--dry-run", "--engine-version", "0.33.0", "--k"]
     assert '"num_speculative_tokens": 3' in run(capsys, *request, "3")[1]
