@@ -73,13 +73,7 @@ class Repairs:
 
     def of(self, version: str, variant: str) -> list[Repair]:
         """The repairs of one set, in the order in which the plugin applies them."""
-        base = Version(version)
-        names = dict.fromkeys(
-            d.shim
-            for d in support.vllm_differences()
-            if Version(d.first) <= base <= Version(d.last)
-        )
-        found = [self.by_shim[name] for name in names]
+        found = [self.by_shim[name] for name in _needed(version)]
         return [repair for repair in found if variant in (ALL, repair.variant)]
 
     def sets(self) -> Iterator[tuple[str, str, list[Repair]]]:
@@ -95,7 +89,7 @@ def read(root: Path | None = None) -> Repairs:
     """``<root>/vllm/repairs.toml``.
 
     Raises:
-        MatrixError: it breaks its form, or does not have each shim once.
+        MatrixError: it breaks its form, has a shim twice, or lacks one that a release needs.
     """
     path = (root or ROOT) / "vllm" / "repairs.toml"
     top = Table(path, "top level", read_toml(path))
@@ -121,14 +115,17 @@ def read(root: Path | None = None) -> Repairs:
         table.finish()
         found[name] = repair
     top.finish()
-    missing = {d.shim for d in support.vllm_differences()} - set(found) - _NOT_PATCHED
+    missing = {name for version in releases for name in _needed(version)} - set(found)
     if missing:
         raise top.error(f"no [[repair]] for shim {', '.join(sorted(missing))}")
-    return Repairs(tuple(releases), found)
+    return Repairs(releases, found)
 
 
-_NOT_PATCHED = {"swa-causal", "swa-causal-v2"}
-"""Of 0.25 alone, for which there are no patches."""
+def _needed(version: str) -> list[str]:
+    """The shims of a release, on any platform, in the order in which the plugin applies them."""
+    base = Version(version)
+    rows = support.vllm_differences()
+    return list(dict.fromkeys(d.shim for d in rows if Version(d.first) <= base <= Version(d.last)))
 
 
 def changed(text: str, repair: Repair, shim: Shim) -> str:

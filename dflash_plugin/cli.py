@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, engines, errors, matrix, patch_cli
+from . import __version__, engines, errors, matrix, patch_cli, train_cli
 from .bench.options import add_arguments as add_bench_arguments
 
 
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     )
     patch_cli.add_parser(commands)
+    train_cli.add_parser(commands)
     pair = commands.add_parser("pair", help="the embedded demo pair")
     actions = pair.add_subparsers(dest="action", required=True, metavar="ACTION")
     demo = actions.add_parser("demo", help="build it if need be, and print both paths")
@@ -89,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print one JSON document")
     replace = actions.add_parser("replace-demo-draft", help="put another draft in its place")
     replace.add_argument("folder", help="folder with config.json and model.safetensors")
+    convert = actions.add_parser("convert", help="a draft of `speculators` to ours, or back")
+    convert.add_argument("source", help="folder of the draft; its config says which it is")
+    convert.add_argument("out", help="folder to write")
+    convert.add_argument("--target", help="to speculators: the target, a hub id or a folder")
     return parser
 
 
@@ -291,6 +296,8 @@ def _pair(args: argparse.Namespace) -> int:
 
         replace_draft(Path(args.folder))
         return 0
+    if args.action == "convert":
+        return train_cli.convert(args)
     found = demo.demo_pair(wheel=Path(args.wheel) if args.wheel else None, verify=args.verify)
     if args.json:
         print(json.dumps({"target": str(found.target), "draft": str(found.draft)}))
@@ -319,6 +326,7 @@ _COMMANDS = {
     "patch": patch_cli.run,
     "pair": _pair,
     "pairs": _pairs,
+    "train": train_cli.run,
 }
 
 if __name__ == "__main__":

@@ -83,6 +83,9 @@ class Difference:
     what: str
 
 
+_NO_GEMMA4 = (
+    "with a Gemma 4 target the release puts a draft's layers into several KV cache groups and stops"
+)
 _TOO_OLD = "the release has no dflash method, and its targets no common way to hand out taps"
 _NO_GRAPHS = "the draft runs without CUDA graphs and torch.compile"
 _OWN = "the release's own dflash"
@@ -103,7 +106,7 @@ _VLLM = (
         "0.24.0",
         Level.NATIVE,
         _OWN,
-        (_WHOLE_KV,),
+        (_WHOLE_KV, _NO_GEMMA4),
     ),
     _Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN, (_CPU_RUNS,)),
 )

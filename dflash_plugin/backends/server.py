@@ -154,6 +154,34 @@ class ServerClient:
             )
         return Completion(tuple(tokens), reason, tuple(sizes), tuple(times))
 
+    def answer(
+        self, prompt: Sequence[int], max_tokens: int, *, temperature: float = 0.0
+    ) -> tuple[str, tuple[int, ...] | None, str | None]:
+        """One completion of ``prompt`` (token ids), not streamed: text, ids, reason of the end.
+
+        The ids are None where the server does not tell them (SGLang).
+
+        Raises:
+            RequestError: refused, failed, or not understood.
+        """
+        body = {
+            "model": self.model,
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "return_token_ids": True,
+        }
+        answer = self._json("POST", "/v1/completions", body)
+        try:
+            choice = answer["choices"][0]
+            ids = choice.get("token_ids")
+            told = None if ids is None else tuple(int(token) for token in ids)
+            return str(choice["text"]), told, choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as err:
+            raise RequestError(
+                f"{self.base_url}: no readable completion in {str(answer)[:200]}"
+            ) from err
+
     def chat(
         self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]
     ) -> Iterator[Piece]:

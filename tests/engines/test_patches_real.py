@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -50,14 +49,10 @@ def test_applied_reverted_and_applied_again(tree: Tree, variant: str, tmp_path: 
     engine = patchset.site_tree(part_of(tree, variant, tmp_path / "site"), "vllm")
     one = patchset.load(patch_files.ROOT, "vllm", tree.version, variant)
     published = contents(engine.root)
-    began = time.monotonic()
     patchset.apply(engine, one)
-    assert time.monotonic() - began < 2
     patched = contents(engine.root)
     assert {path for path in one.paths if patched[path] == published[path]} == set()
-    began = time.monotonic()
     status = patchset.status(engine, patch_files.ROOT)
-    assert time.monotonic() - began < 0.5
     assert (status.variant, status.current, status.edited) == (variant, True, ())
     assert status.version == f"{tree.version}+dflash.{variant}"
     assert status.replaces_shims == one.replaces_shims

@@ -49,6 +49,7 @@ LAYERS = {
     "doctor": 4,
     "known_pairs": 4,
     "patch_cli": 4,
+    "train_cli": 4,
     "training": 4,
     "bench": 4,
     "cli": 5,

@@ -1,0 +1,224 @@
+"""Stage 1: prompts from templates, JSONL files and hub data sets; never a test prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import DownloadError, MissingDependencyError, TrainingError, UsageError
+from . import templates
+from .config import Config, Source
+
+PACKAGED_EXCLUSIONS = Path(__file__).with_name("test_prompts.sha256")
+"""Fingerprints of the data sets that drafts are measured on (GSM8K test, HumanEval, our own)."""
+WINDOW = 13
+"""So many words in a row that are also in a test prompt make a prompt one of them."""
+_WORD = re.compile(r"\w+")
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to the answer; ``id`` is a hash of it, ``kind`` groups results."""
+
+    id: str
+    kind: str
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, kind: str, messages: Sequence[Message]) -> Prompt:
+        """With the id that its messages have."""
+        text = json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+        return cls(hashlib.sha256(text.encode()).hexdigest()[:16], kind, tuple(messages))
+
+    @property
+    def text(self) -> str:
+        """What all its messages say."""
+        return "\n".join(message["content"] for message in self.messages)
+
+    def to_json(self) -> str:
+        """One line."""
+        told = {"id": self.id, "kind": self.kind, "messages": list(self.messages)}
+        return json.dumps(told, ensure_ascii=False)
+
+
+class Exclusions:
+    """Texts that are never trained on, known by hashes of their windows of words."""
+
+    def __init__(self, hashes: Iterable[str] = ()) -> None:
+        self.hashes = set(hashes)
+
+    @classmethod
+    def load(cls, paths: Sequence[str]) -> Exclusions:
+        """The packaged list and the user's: ``.sha256`` lists, or JSONL with any text fields.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
+        found = cls(_lines(PACKAGED_EXCLUSIONS))
+        for name in paths:
+            path = Path(name)
+            if path.suffix == ".sha256":
+                found.hashes.update(_lines(path))
+                continue
+            for _, record in records(path):
+                for text in _texts(record):
+                    found.hashes |= windows(text)
+        return found
+
+    def hit(self, text: str) -> bool:
+        """Whether it has a window of words in common with an excluded text."""
+        return not self.hashes.isdisjoint(windows(text))
+
+
+def windows(text: str, step: int = 1) -> set[str]:
+    """Hashes of :data:`WINDOW` words in a row, from every ``step``-th word on.
+
+    Of all words where there are fewer.
+    """
+    words = _WORD.findall(text.lower())
+    starts = range(0, max(1, len(words) - WINDOW + 1), step)
+    spans = (" ".join(words[i : i + WINDOW]) for i in starts)
+    return {hashlib.sha256(span.encode()).hexdigest()[:12] for span in spans if span}
+
+
+def collect(config: Config) -> tuple[list[Prompt], dict[str, int]]:
+    """Every prompt once, in a mixed order, and counts: per kind, duplicates, excluded.
+
+    Raises:
+        UsageError, DownloadError, MissingDependencyError: a source is not to be had.
+        TrainingError: nothing is left.
+    """
+    exclusions = Exclusions.load(config.prompts.exclude)
+    found: dict[str, Prompt] = {}
+    counts = {"duplicates": 0, "excluded": 0}
+    for source in config.prompts.source:
+        for messages in read_source(source, config.seed):
+            prompt = Prompt.of(source.name, messages)
+            if prompt.id in found:
+                counts["duplicates"] += 1
+            elif exclusions.hit(prompt.text):
+                counts["excluded"] += 1
+            else:
+                found[prompt.id] = prompt
+                counts[source.name] = counts.get(source.name, 0) + 1
+    if not found and not config.regenerate.reuse:
+        raise TrainingError(
+            f"no prompt is left: {counts['excluded']} are test prompts",
+            hint="name another source in [[prompts.source]]",
+        )
+    mixed = sorted(found.values(), key=lambda prompt: prompt.id)
+    random.Random(config.seed).shuffle(mixed)
+    return mixed, counts
+
+
+def read(path: Path) -> list[Prompt]:
+    """What :func:`collect` found, as the stage wrote it."""
+    return [Prompt(r["id"], r["kind"], tuple(r["messages"])) for _, r in records(path)]
+
+
+def read_source(source: Source, seed: int) -> Iterator[list[Message]]:
+    """Conversations of one source, each ending with the user's message."""
+    if source.kind == "templates":
+        for text in templates.prompts(source.name, source.count, seed):
+            yield [{"role": "user", "content": text}]
+        return
+    rows = records(Path(source.path)) if source.kind == "jsonl" else _hub(source)
+    for number, (where, record) in enumerate(rows):
+        if source.count and number >= source.count:
+            return
+        yield _conversation(record, source.prompt, where)
+
+
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """JSON objects of a JSONL file, each with ``file:line``.
+
+    Raises:
+        UsageError: it cannot be read, or a line is not a JSON object.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+                yield f"{path}:{number}", record
+    except OSError as err:
+        raise UsageError(
+            f"{path}: cannot be read ({err.strerror})", hint="check the path in the run's file"
+        ) from err
+    except ValueError as err:
+        raise UsageError(
+            f"{path}:{number}: not a JSON object ({err})", hint="one object per line, in UTF-8"
+        ) from err
+
+
+def _conversation(record: Mapping[str, Any], name: str, where: str) -> list[Message]:
+    messages: list[Message]
+    value = record.get(name)
+    if isinstance(value, str) and value.strip():
+        return [{"role": "user", "content": value}]
+    if isinstance(value, list) and value:
+        try:
+            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+        except (TypeError, KeyError):
+            messages = []
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        if last >= 0:
+            return messages[: last + 1]
+    raise UsageError(
+        f"{where}: field {name!r} is {str(value)[:60]!r}, expected a text or a list of messages "
+        "with role and content",
+        hint="say in the source's `prompt` which field it is; there are " + ", ".join(record),
+    )
+
+
+def _hub(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as err:
+        raise MissingDependencyError(
+            f"the package datasets is needed for {source.dataset}",
+            hint="pip install datasets, or give the prompts as JSONL",
+        ) from err
+    try:
+        rows = load_dataset(
+            source.dataset, source.subset or None, split=source.split, streaming=True
+        )
+        for number, record in enumerate(rows, 1):
+            yield f"{source.dataset} row {number}", record
+    except Exception as err:  # the library raises many unrelated types
+        raise DownloadError(
+            f"{source.dataset}: {str(err).splitlines()[0] if str(err) else type(err).__name__}",
+            hint="check name, subset, split and network, or give the prompts as JSONL",
+        ) from err
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise UsageError(
+            f"{path}: cannot be read ({err.strerror})", hint="check prompts.exclude"
+        ) from err
+    return [line for line in text.split("\n") if line and not line.startswith("#")]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
