@@ -209,7 +209,8 @@ def _serve_known(
         k = advice.for_serving(engine, launch.resolve_pair(args.target), args.for_concurrency)
     command, env = launch.known_plan(engine, row, args.engine_args, k)
     print(decision.line(), file=sys.stderr)
-    more = [*known_pairs.patch_note(decision), known_pairs.NO_FILES]
+    limits = [f"limit: {limit}" for limit in decision.limits]
+    more = [*limits, *known_pairs.patch_note(decision), known_pairs.NO_FILES]
     for note in [*known_pairs.notes(row, args.context), *more]:
         print(f"note: {note}", file=sys.stderr)
     print(_shell(command, env))

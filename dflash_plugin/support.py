@@ -278,9 +278,18 @@ _VLLM_DIFFERENCES = (
 )
 
 
-# The first release whose model of that type hands out taps, where that is not the oldest
-# usable one. Source: the releases' model classes (SupportsEagle3) and those of the one before.
-_VLLM_TARGETS = {"gemma4": "0.19.1", "minimax_m2": "0.20.0", "qwen3_next": "0.24.0"}
+_NO_TAPS = "the release has no target of that type that hands out taps"
+# The first release for targets of a type, where that is not the oldest usable one, and why.
+# Sources: the releases' model classes (SupportsEagle3); Gemma 4's draft in a run of 0.24.0.
+_VLLM_TARGETS = {
+    "gemma4": (
+        "0.25.0",
+        "the release has no Gemma 4 target, or does not load it, or refuses a draft beside it, "
+        "whose layers then fall into several KV groups",
+    ),
+    "minimax_m2": ("0.20.0", _NO_TAPS),
+    "qwen3_next": ("0.24.0", _NO_TAPS),
+}
 _VLLM_DFLASH2 = "0.28.0"
 _LINEAR_TARGETS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 _SGLANG = ("0.5.11", "0.5.23")
@@ -387,16 +396,18 @@ def decide_pair(decision: Support, model_type: str | None, *, dflash2: bool = Fa
     if dflash2 and decision.platform == "cpu":
         return refused("DFlash 2 drafts want vLLM's V2 runner, which is for GPUs", first)
     if base < Version(first):
-        return refused(f"the release has no {model_type} target that hands out taps", first)
-    if decision.platform == "cpu" and model_type in _LINEAR_TARGETS:
-        limit = "linear attention runs on the CPU in bfloat16 alone"
+        return refused(_VLLM_TARGETS[model_type or ""][1], first)
+    if model_type in _LINEAR_TARGETS:
+        limit = "targets with recurrent layers were read in the release's source, and not run"
+        if decision.platform == "cpu":
+            limit += "; linear attention is bfloat16 alone on the CPU"
         return replace(decision, limits=(*decision.limits, limit))
     return decision
 
 
 def first_release(model_type: str | None, *, dflash2: bool = False) -> str:
     """The oldest vLLM release for such a pair."""
-    wanted = [_oldest_usable(), _VLLM_TARGETS.get(model_type or "", "0")]
+    wanted = [_oldest_usable(), _VLLM_TARGETS.get(model_type or "", ("0", ""))[0]]
     return max([*wanted, _VLLM_DFLASH2] if dflash2 else wanted, key=Version)
 
 

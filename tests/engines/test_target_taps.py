@@ -56,4 +56,7 @@ def test_targets_hand_out_taps_from_the_release_stated(version: str) -> None:
     stated = {
         family: Version(support.first_release(family)) <= Version(version) for family in CLASSES
     }
+    # Gemma 4 has taps before it has drafts.
+    assert found.pop("gemma4") or not stated["gemma4"]
+    del stated["gemma4"]
     assert found == stated

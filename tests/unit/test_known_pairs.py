@@ -123,7 +123,7 @@ def test_k_may_be_less_and_not_more(capsys):
     ("request_", "code", "said", "step"),
     [
         ("glm-5.1", 12, "announced", "pairs --status published"),
-        ("gemma-4-31b-it --engine-version 0.18.1", 22, "taps", "use vLLM 0.19.1 to"),
+        ("gemma-4-31b-it --engine-version 0.24.0", 22, "KV groups", "use vLLM 0.25.0 to"),
         ("minimax-m2.5 --engine-version 0.19.1", 22, "taps", "use vLLM 0.20.0 to"),
         ("qwen3-coder-next --engine-version 0.22.1", 22, "taps", "use vLLM 0.24.0 to"),
         ("qwen3.8-27b-dflash2 --engine-version 0.26.0", 22, "DFlash 2", "use vLLM 0.28.0 to"),
@@ -132,7 +132,7 @@ def test_k_may_be_less_and_not_more(capsys):
         ("qwen3-8b --engine-version 9.0", 22, "not known", "update dflash-plugin"),
         ("qwen3-8b --engine-version x", 22, "not a version number", "published release"),
         ("qwen3-8b --engine-version 0.19.1 --platform rocm", 22, "CPUs and CUDA", "0.20.0"),
-        ("gemma-4-31b-it --engine sglang", 22, "nothing on sglang", "--engine vllm (0.19.1"),
+        ("gemma-4-31b-it --engine sglang", 22, "nothing on sglang", "--engine vllm (0.25.0"),
     ],
 )
 def test_why_not_and_what_instead(capsys, request_, code, said, step):
@@ -152,7 +152,7 @@ def test_an_engine_too_old_for_a_pair_is_not_started(site, capsys):
     install(site, "vllm", "0.18.1")
     code, _, err = run(capsys, "serve", "google/gemma-4-31B-it")
     assert code == 22
-    assert "use vLLM 0.19.1" in err
+    assert "use vLLM 0.25.0" in err
 
 
 def test_linear_attention_on_a_cpu_has_its_limit():
@@ -236,7 +236,7 @@ def test_doctor_says_what_is_known_of_a_pair(site):
     assert "eabd648301ce" in checks["pair"].detail
     assert "three-head-sizes" in checks["pair traits"].detail
     assert checks["vllm 0.18.1"].status == "failed"
-    assert "0.19.1" in checks["vllm 0.18.1"].remedy
+    assert "0.25.0" in checks["vllm 0.18.1"].remedy
 
 
 @pytest.mark.parametrize(("name", "code"), [("no-such", 11), ("glm-5.1", 12)])
