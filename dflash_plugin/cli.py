@@ -6,11 +6,11 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, errors, patch_cli, train_cli
+from . import __version__, engines, errors, matrix, patch_cli, train_cli
 from .bench.options import add_arguments as add_bench_arguments
 
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check the engine, the plugin and a pair")
     doctor.add_argument("--target", help="demo, a pair id, a hub id or a local folder")
     doctor.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
+    doctor.add_argument("--pair", metavar="ID", help="what is known of a pair: no hub needed")
     doctor.add_argument("--num-speculative-tokens", type=_positive, metavar="K")
     doctor.add_argument("--engine", choices=["vllm", "sglang"])
     doctor.add_argument("--json", action="store_true", help="print one JSON document")
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("target", help="demo, a pair id, a hub id or a local folder")
     serve.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
-    serve.add_argument("--engine", choices=["vllm"], default="vllm")
+    serve.add_argument("--engine", choices=["vllm", "sglang"], default="vllm")
+    _add_what_if(serve)
     serve.add_argument(
         *("--num-speculative-tokens", "--k"), type=_positive_or_auto, metavar="K",
         help="a number, or auto: what `bench --sweep-k` found here",
@@ -61,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--dry-run", action="store_true", help="print the command and stop")
     serve.add_argument("--no-preflight", action="store_true", help="do not check the pair first")
+
+    pairs = commands.add_parser("pairs", help="the pairs there are, and what each needs")
+    pairs.add_argument("--family", metavar="NAME", help="part of the target's type or name")
+    pairs.add_argument("--status", choices=matrix.STATUSES)
+    pairs.add_argument("--memory", type=float, metavar="GIB", help="those that fit in so much")
+    pairs.add_argument("--engine", choices=["vllm", "sglang"], help="those that can be used on it")
+    _add_what_if(pairs)
+    pairs.add_argument("--json", action="store_true", help="print one JSON document")
 
     _add_generate(commands)
     add_bench_arguments(
@@ -85,6 +95,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("out", help="folder to write")
     convert.add_argument("--target", help="to speculators: the target, a hub id or a folder")
     return parser
+
+
+def _add_what_if(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--engine-version", metavar="X", help="a release that need not be installed (dry runs)"
+    )
+    command.add_argument(
+        "--platform", choices=["cuda", "rocm", "xpu", "cpu"], help="of that release (cuda)"
+    )
+    command.add_argument(
+        "--context", type=_positive, default=8192, metavar="N",
+        help="tokens of the one sequence that the memory is estimated for (8192)",
+    )  # fmt: skip
 
 
 def _add_generate(commands: Any) -> None:
@@ -127,7 +150,9 @@ def _positive_or_auto(text: str) -> int | str:
 def _doctor(args: argparse.Namespace) -> int:
     from . import doctor
 
-    checks = doctor.examine(args.target, args.draft, args.num_speculative_tokens, args.engine)
+    checks = doctor.examine(
+        args.target, args.draft, args.num_speculative_tokens, args.engine, pair=args.pair
+    )
     print(json.dumps(doctor.as_json(checks), indent=1) if args.json else doctor.as_text(checks))
     return doctor.exit_code(checks)
 
@@ -135,7 +160,21 @@ def _doctor(args: argparse.Namespace) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from . import launch, pair
 
-    engine, decision = launch.require_engine(args.engine)
+    row = launch.matrix_row(args.target) if args.draft is None else None
+    asked = None
+    if args.engine_version or args.platform:
+        if not args.dry_run:
+            raise errors.UsageError(
+                "--engine-version and --platform are for dry runs", hint="add --dry-run"
+            )
+        asked = launch.what_if(args.engine, args.engine_version, args.platform)
+    if args.dry_run and row is not None and row.replica is None and not row.embedded:
+        return _serve_known(args, row, asked)
+    engine, decision = launch.require_engine(args.engine, asked)
+    if row is not None:
+        from . import known_pairs
+
+        decision = known_pairs.require(row, engine)
     resolved = launch.resolve_pair(args.target, args.draft)
     k = args.num_speculative_tokens
     if k == "auto":
@@ -146,12 +185,65 @@ def _serve(args: argparse.Namespace) -> int:
         pair.require(resolved.preflight(k))
     command, env = launch.serve_plan(engine, resolved, args.engine_args, k)
     print(decision.line(), file=sys.stderr)
-    line = " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command)])
+    line = _shell(command, env)
     if args.dry_run:
         print(line)
         return 0
     print(f"+ {line}", file=sys.stderr)
     launch.exec_engine(command, env)
+    return 0
+
+
+def _serve_known(
+    args: argparse.Namespace, row: matrix.Pair, asked: engines.Installed | None
+) -> int:
+    from . import known_pairs, launch
+
+    engine = asked or engines.find(args.engine) or launch.what_if(args.engine)
+    launch.require_draft(row)
+    decision = known_pairs.require(row, engine)
+    k = args.num_speculative_tokens
+    if k == "auto":
+        from .bench import advice
+
+        k = advice.for_serving(engine, launch.resolve_pair(args.target), args.for_concurrency)
+    command, env = launch.known_plan(engine, row, args.engine_args, k)
+    print(decision.line(), file=sys.stderr)
+    limits = [f"limit: {limit}" for limit in decision.limits]
+    more = [*limits, *known_pairs.patch_note(decision), known_pairs.NO_FILES]
+    for note in [*known_pairs.notes(row, args.context), *more]:
+        print(f"note: {note}", file=sys.stderr)
+    print(_shell(command, env))
+    return 0
+
+
+def _shell(command: Sequence[str], env: Mapping[str, str]) -> str:
+    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command)])
+
+
+def _pairs(args: argparse.Namespace) -> int:
+    from . import known_pairs, launch
+
+    # The release asked about, else the one installed, else the newest known on CUDA.
+    name = args.engine or "vllm"
+    installed = None if args.engine_version or args.platform else engines.find(name)
+    engine = installed or launch.what_if(name, args.engine_version, args.platform)
+    rows = known_pairs.select(
+        matrix.load().pairs.values(),
+        family=args.family,
+        status=args.status,
+        memory=args.memory,
+        tokens=args.context,
+        engine=engine if args.engine else None,
+    )
+    if args.json:
+        print(
+            json.dumps([known_pairs.as_json(row, [engine], args.context) for row in rows], indent=1)
+        )
+    elif rows:
+        print(known_pairs.as_text(rows, engine, args.context))
+    else:
+        print("no pair matches", file=sys.stderr)
     return 0
 
 
@@ -234,6 +326,7 @@ _COMMANDS = {
     "bench": _bench,
     "patch": patch_cli.run,
     "pair": _pair,
+    "pairs": _pairs,
     "train": train_cli.run,
 }
 

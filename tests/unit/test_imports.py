@@ -22,6 +22,9 @@ LAYERS = {
     "acceptance": 0,
     "toml_table": 1,
     "matrix": 1,
+    "matrix_rows": 1,
+    "architectures": 1,
+    "traits": 1,
     "config_file": 1,
     "pair": 1,
     "pair_config": 1,
@@ -44,6 +47,7 @@ LAYERS = {
     "vllm_entry": 4,
     "sglang_entry": 4,
     "doctor": 4,
+    "known_pairs": 4,
     "patch_cli": 4,
     "train_cli": 4,
     "training": 4,
@@ -52,17 +56,26 @@ LAYERS = {
     "benchmark": 6,
 }
 # On one floor, from -> to: a draft's facts are its config, read field by field, its weights,
-# and what follows from the config; the matrix is a file of tables; the console shows what
-# `local` generates, the benchmark measures it; a patch set is for an engine's files, whose
-# names are known there, and is written as what is in the cache.
+# and what follows from the config; the matrix is a file of tables and names shapes; the
+# console shows what `local` generates, and the benchmark times it; a patch set is for an
+# engine's files, whose names are known there, and is written as what is in the cache; the
+# doctor says what is known of a pair.
 SIDEWAYS = {
     ("pair", "pair_config"),
     ("pair_config", "config_file"),
     ("pair", "checkpoint"),
     ("matrix", "toml_table"),
+    ("matrix", "matrix_rows"),
+    ("matrix", "architectures"),
+    ("matrix_rows", "architectures"),
+    ("architectures", "toml_table"),
+    ("traits", "architectures"),
+    ("traits", "pair_config"),
+    ("architectures", "pair_config"),
     ("draft_math", "pair"),
     ("console", "local"),
     ("bench", "local"),
+    ("doctor", "known_pairs"),
     ("patchset", "engines"),
     ("patchset", "cache"),
 }
