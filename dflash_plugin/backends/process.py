@@ -32,6 +32,8 @@ MODEL_NAME = "target"
 READY_TIMEOUT = 600.0
 STOP_GRACE = 15.0
 """Seconds between SIGTERM and SIGKILL."""
+_MOMENT, _LAST_WORDS = 1.0, 15.0
+"""Seconds that a server has left to end in, answering health checks and not."""
 POLL = 0.2
 """Seconds between two looks at a server that is not ready."""
 _LOG_LINES = 20
@@ -97,11 +99,23 @@ def serve_all(
             server.require_running()
     except RequestError:
         # What a request meets when its engine dies is not the news; the log's end is.
-        for server in servers:
-            server.require_running(patience=1.0)
+        _wait_for_an_end(servers)
         raise
     finally:
         stop_all(servers)
+
+
+def _wait_for_an_end(servers: Sequence[Server]) -> None:
+    """Raise for a server that is ending: at once, or some seconds after it answers no more."""
+    began = time.monotonic()
+    while True:
+        for server in servers:
+            server.require_running()
+        waited = time.monotonic() - began
+        healthy = all(server.client.ready() for server in servers)
+        if waited > (_MOMENT if healthy else _LAST_WORDS):
+            return
+        time.sleep(0.05)
 
 
 def _wait_ready(servers: Sequence[Server], timeout: float) -> None:
@@ -109,8 +123,13 @@ def _wait_ready(servers: Sequence[Server], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     waiting = list(servers)
     while waiting:
-        for server in servers:
-            server.require_running()
+        try:
+            for server in servers:
+                server.require_running()
+        except EngineExitedError as err:
+            if err.drafting:
+                _require_without_draft(servers)
+            raise
         waiting = [server for server in waiting if not server.client.ready()]
         if waiting and time.monotonic() >= deadline:
             spec = waiting[0].spec
@@ -121,6 +140,16 @@ def _wait_ready(servers: Sequence[Server], timeout: float) -> None:
             )
         if waiting:
             time.sleep(POLL)
+
+
+def _require_without_draft(servers: Sequence[Server]) -> None:
+    """Raise if a server without a draft ends too: then the draft is not what is wrong."""
+    plain = [server for server in servers if not server.spec.drafting]
+    deadline = time.monotonic() + _LAST_WORDS
+    while time.monotonic() < deadline and not all(server.client.ready() for server in plain):
+        for server in plain:
+            server.require_running()
+        time.sleep(0.05)
 
 
 class Server:
@@ -153,18 +182,11 @@ class Server:
                 start_new_session=True,
             )
 
-    def require_running(self, *, patience: float = 0.0) -> None:
-        """Raise ``EngineExitedError`` with the end of the log if the process has ended.
-
-        ``patience``: seconds it has left for that.
-        """
+    def require_running(self) -> None:
+        """Raise ``EngineExitedError`` with the end of the log if the process has ended."""
         if self.process is None:
             return
-        deadline = time.monotonic() + patience
         code = self.process.poll()
-        while code is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-            code = self.process.poll()
         if code is not None:
             raise EngineExitedError(
                 f"{self.spec.label}: the engine exited with code {code}\n{self.log_tail()}",

@@ -43,7 +43,7 @@ SCALED = {"input_embedding_scale": 3.0, "final_logit_softcapping": 20.0}
 # draft-lookahead: requests side by side; draft-context-end: one step in thousands;
 # draft-windows-v2: a GPU. The others have tests of their own.
 SOURCES_ONLY = {"draft-lookahead", "draft-context-end", "draft-windows-v2"}
-ELSEWHERE = {"cpu-kv-update", "cpu-stale-kv", "cpu-expand"}
+ELSEWHERE = {"cpu-kv-update", "cpu-stale-kv", "cpu-expand", "draft-lora"}
 
 
 def shims_of(release: str) -> tuple[str, ...]:

@@ -227,7 +227,7 @@ def test_a_sweep_advises_and_serve_takes_it(fake: Fake, serving, tmp_path, capsy
     found = json.loads((tmp_path / "out" / "advice.json").read_text())
     assert len({row["k"] for row in found["checks"]}) == 3
     assert "Which K" in (tmp_path / "out" / "report.html").read_text()
-    monkeypatch.setattr(launch, "require_engine", lambda _: (ENGINE, DECISION))
+    monkeypatch.setattr(launch, "require_engine", lambda *_: (ENGINE, DECISION))
     args = ["serve", str(serving[4]), "--draft", str(serving[6]), "--k", "auto", "--dry-run"]
     assert cli.main(args) == 0
     best = found["levels"][0]["k"]
