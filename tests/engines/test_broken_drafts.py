@@ -89,6 +89,7 @@ def exact(
             cell=made.cells[0],
             plan=made,
             folder=folder / name,
+            shared=folder / "shared",
             target=pair.target,
             draft=drafts.get(name, pair.draft),
             reference_draft=pair.draft,
