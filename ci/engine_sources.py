@@ -19,7 +19,7 @@ from dflash_plugin import matrix, shims
 from . import environment, wheel_sources
 
 VARIABLE = "DFLASH_WHEEL_SOURCES"
-_FOLDER = re.compile(r"(vllm(?:-cpu)?)-(\d+(?:\.\d+)+)")
+_FOLDER = re.compile(r"(vllm(?:-cpu)?)-(\d+(?:\.\d+)+(?:\.post\d+)?)")
 
 
 @dataclass(frozen=True)

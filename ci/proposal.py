@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from packaging.version import Version
 
@@ -20,9 +20,6 @@ from dflash_plugin.matrix import Build, Engine, Matrix
 
 from .releases import Found
 from .revisions import Repository
-
-if TYPE_CHECKING:
-    pass
 
 UNPINNED = "The draft's revision is unknown: the repository's newest is meant."
 """The note of a row without a draft's revision; untrue once it has one."""

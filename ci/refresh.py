@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,24 +67,26 @@ def run(args: argparse.Namespace) -> int:
     """
     data = matrix.load(args.matrix)
     old = data.path.read_text("utf-8")
-    report, new = look(data, old, args.index_url)
+    if args.index_url:  # for pip too, which finds the wheels whose sources are read
+        os.environ["PIP_INDEX_URL"] = args.index_url
+    report, new = look(data, old)
     if args.write and new != old:
         cache.atomic_write_text(data.path, new)
     print(json.dumps(_document(report), indent=1) if args.json else "\n".join(_lines(report)))
     missed = "not all was reached"
-    if report.news:
+    if report.news or report.diff:
         also = f"; {missed}" if report.unreachable else ""
         hint = "read it, then --write" if report.diff and not args.write else "docs/watch.md"
-        raise NewsFoundError(f"{report.news} finding(s){also}", hint=hint)
+        raise NewsFoundError(f"upstream has news{also}", hint=hint)
     if report.unreachable:
         raise SourceUnreachableError(missed, hint="it is listed above; try again with a network")
     return 0
 
 
-def look(data: Matrix, text: str, index_url: str | None) -> tuple[Report, str]:
+def look(data: Matrix, text: str) -> tuple[Report, str]:
     """The report, and the matrix file as it should be."""
     unreachable: list[str] = []
-    found = releases.look_up(releases.watched(data), index_url, unreachable, _note)
+    found = releases.look_up(releases.watched(data), unreachable, _note)
     pins = revisions.pinned(data)
     repositories = revisions.look_up(pins, unreachable, _note)
     rows = _drift(found, unreachable)
@@ -143,6 +146,11 @@ def _lines(report: Report) -> list[str]:
     lines = [
         f"new: {one.distribution} {', '.join(one.versions)} (known: {one.known}, {one.where})"
         for one in report.releases
+    ]
+    lines += [
+        f"    no row proposed for {one.distribution}: its wheel's torch or Python cannot be told"
+        for one in report.releases
+        if one.built and not (one.torch and one.requires_python)
     ]
     for seen in report.repositories:
         lines.append(f"revision: {seen.repo} is at {seen.newest}")

@@ -1,7 +1,7 @@
 """Newer releases on the package index, of what this project runs or is held against.
 
 Yanked files, pre-releases and releases without a wheel are passed over. The index is pip's own:
-``--index-url``, else ``PIP_INDEX_URL`` and pip's configuration, else PyPI.
+``PIP_INDEX_URL``, else pip's configuration, else PyPI.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from dflash_plugin import support
-from dflash_plugin.errors import MissingDependencyError, SourceUnreachableError
+from dflash_plugin.errors import DownloadError, MissingDependencyError, SourceUnreachableError
 from dflash_plugin.matrix import Matrix
 
-from . import lock
+from . import lock, wheel_sources
 
 if TYPE_CHECKING:
     from pypi_simple import DistributionPackage, ProjectPage, PyPISimple
@@ -40,24 +40,30 @@ _LINUX = {"platform_machine": "x86_64", "platform_system": "Linux", "sys_platfor
 
 @dataclass(frozen=True)
 class Watched:
-    """A distribution, its newest known release, and the file that says so."""
+    """A distribution, its newest known release, and the file that says so.
+
+    ``built``: the matrix has builds of it.
+    """
 
     distribution: str
     known: str
     where: str
+    built: bool = False
 
 
 @dataclass(frozen=True)
 class Found:
     """What is newer than the known release.
 
-    ``versions``: oldest first. Of the last: ``requires_python``, and the exact ``torch`` that its
-    wheel asks for on Linux (x86_64), without a local part; empty where it names none.
+    ``versions``: oldest first. Of the last, where the matrix has ``built`` one before:
+    ``requires_python``, and the exact ``torch`` that its wheel asks for on Linux (x86_64), without
+    a local part; empty where it cannot be told.
     """
 
     distribution: str
     known: str
     where: str
+    built: bool
     versions: tuple[str, ...]
     requires_python: str
     torch: str
@@ -75,7 +81,7 @@ def watched(data: Matrix) -> list[Watched]:
         for build in engine.builds.values():
             known = newest.get(build.distribution, engine.version)
             newest[build.distribution] = max(known, engine.version, key=Version)
-    rows = [Watched(name, version, data.path.name) for name, version in newest.items()]
+    rows = [Watched(name, version, data.path.name, True) for name, version in newest.items()]
     if "sglang" not in newest:
         rows.append(Watched("sglang", support.releases("sglang")[1], "dflash_plugin/support.py"))
     pins = {
@@ -91,14 +97,12 @@ def watched(data: Matrix) -> list[Watched]:
 
 def look_up(
     rows: Iterable[Watched],
-    index_url: str | None,
     unreachable: list[str],
     note: Callable[[str], None],
 ) -> list[Found]:
     """What is newer; what the index did not tell is added to ``unreachable``.
 
     Args:
-        index_url: of a simple index (HTML or JSON); None: pip's.
         note: is called with each name before it is asked for.
 
     Raises:
@@ -113,7 +117,7 @@ def look_up(
             hint=f"{sys.executable} -m pip install pypi-simple",
         ) from err
     settings = _pip_settings()
-    url = index_url or settings.get("index-url") or PYPI
+    url = settings.get("index-url", PYPI)
     session = requests.Session()
     if "cert" in settings:
         session.verify = settings["cert"]
@@ -159,9 +163,10 @@ def _newer(client: PyPISimple, row: Watched) -> Found | None:
         row.distribution,
         row.known,
         row.where,
+        row.built,
         tuple(map(str, newer)),
-        _python(chosen.requires_python or ""),
-        _torch(client, chosen),
+        _python(chosen.requires_python or "") if row.built else "",
+        _torch(client, chosen) if row.built else "",
     )
 
 
@@ -185,22 +190,31 @@ def _page(client: PyPISimple, name: str) -> ProjectPage:
 
 def _torch(client: PyPISimple, wheel: DistributionPackage) -> str:
     """The one torch release a wheel asks for; empty where it says none, or nothing at all."""
-    import requests
-    from pypi_simple import NoMetadataError
-
     try:
-        text = client.get_package_metadata_bytes(
-            wheel, verify=bool(wheel.metadata_digests), timeout=TIMEOUT
-        )
-        raw, _ = parse_email(text)
+        raw, _ = parse_email(_metadata(client, wheel))
         asked = [Requirement(line) for line in raw.get("requires_dist", [])]
-    except (requests.HTTPError, NoMetadataError, ValueError):
+    except (DownloadError, ValueError):
         return ""
     for one in asked:
         if one.name == "torch" and (one.marker is None or one.marker.evaluate(_LINUX)):
             pins = [s.version for s in one.specifier if s.operator == "=="]
             return Version(pins[0]).public if len(pins) == 1 and "*" not in pins[0] else ""
     return ""
+
+
+def _metadata(client: PyPISimple, wheel: DistributionPackage) -> bytes:
+    """From the index, or out of the wheel: mirrors often leave out what stands beside it."""
+    import requests
+    from pypi_simple import NoMetadataError
+
+    try:
+        return client.get_package_metadata_bytes(
+            wheel, verify=bool(wheel.metadata_digests), timeout=TIMEOUT
+        )
+    except (requests.RequestException, NoMetadataError):
+        folder = wheel_sources.fetch(str(wheel.project), str(wheel.version), ())
+        (path,) = folder.glob("*.dist-info/METADATA")
+        return path.read_bytes()
 
 
 def _python(text: str) -> str:
