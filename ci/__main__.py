@@ -15,7 +15,18 @@ from dflash_plugin import errors, matrix
 from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError, near_names
 from dflash_plugin.matrix import SERVES
 
-from . import environment_cli, lint, lock, patches, pipeline, plan, replicas, report, serve
+from . import (
+    environment_cli,
+    lint,
+    lock,
+    patches,
+    pipeline,
+    plan,
+    refresh,
+    replicas,
+    report,
+    serve,
+)
 from .pipeline import CHECK, MEASURE
 from .plan import Overrides, Plan
 from .records import FAILED, CellResult
@@ -45,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rewrite.add_argument("--readme", action="store_true", help="rewrite the README's table")
     rewrite.add_argument("--check", action="store_true", help="with --readme: only compare")
     patches.add_arguments(commands.add_parser("patches", help="hold patch sets against sources"))
+    refresh.add_arguments(commands.add_parser("refresh", help="what is new upstream"))
     commands.add_parser("lint", help="offline checks of the repository's own data")
 
     args = parser.parse_args(argv)
@@ -220,6 +232,7 @@ _COMMANDS = {
     "serve": _serve,
     "report": _report,
     "patches": patches.run,
+    "refresh": refresh.run,
     "lint": _lint,
 }
 

@@ -19,7 +19,7 @@ from dflash_plugin import matrix, shims
 from . import environment, wheel_sources
 
 VARIABLE = "DFLASH_WHEEL_SOURCES"
-_FOLDER = re.compile(r"(vllm(?:-cpu)?)-(\d+(?:\.\d+)+)")
+_FOLDER = re.compile(r"(vllm(?:-cpu)?)-(\d+(?:\.\d+)+(?:\.post\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,16 @@ def trees(version: str | None = None) -> list[Tree]:
     return sorted(chosen, key=lambda tree: (Version(tree.version), tree.distribution))
 
 
-def fetch(version: str | None = None) -> list[Path]:
+def fetch(version: str | None = None, distribution: str = "vllm") -> list[Path]:
     """Get the sources that the shims look at, of every build that is not made here.
 
     Args:
-        version: of the published ``vllm`` of this release instead.
+        version: of this release of ``distribution`` instead.
 
     Raises:
         DownloadError: not to be had.
     """
-    wanted = [("vllm", version)] if version else [
+    wanted = [(distribution, version)] if version else [
         (build.distribution, engine.version)
         for engine in matrix.load().engines.values()
         for build in engine.builds.values()

@@ -198,6 +198,18 @@ class PatchBusyError(DFlashError):
     exit_code = 45
 
 
+class NewsFoundError(DFlashError):
+    """The release watch found what the matrix does not have yet; no failure of its own."""
+
+    exit_code = 50
+
+
+class SourceUnreachableError(DFlashError):
+    """A package index or the hub did not answer, or not in a way that can be read."""
+
+    exit_code = 51
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
 
