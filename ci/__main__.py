@@ -17,6 +17,7 @@ from dflash_plugin.matrix import SERVES
 
 from . import (
     environment_cli,
+    images,
     lint,
     lock,
     patches,
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rewrite.add_argument("--check", action="store_true", help="with --readme: only compare")
     patches.add_arguments(commands.add_parser("patches", help="hold patch sets against sources"))
     refresh.add_arguments(commands.add_parser("refresh", help="what is new upstream"))
+    images.add_arguments(commands.add_parser("images", help="the container images there are"))
     commands.add_parser("lint", help="offline checks of the repository's own data")
 
     args = parser.parse_args(argv)
@@ -233,6 +235,7 @@ _COMMANDS = {
     "report": _report,
     "patches": patches.run,
     "refresh": refresh.run,
+    "images": images.run,
     "lint": _lint,
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dflash_plugin import matrix
 from dflash_plugin.errors import DFlashError
 
-from . import lock, patch_lint, report
+from . import images, lock, patch_lint, report, workflows
 
 ROOT = Path(__file__).parents[1]
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home/\w+|root|work|tmp|opt)/[\w.-]+")
@@ -18,7 +18,15 @@ MAX_LINES = 450
 
 def problems() -> list[str]:
     """Every problem found, one line each; empty when all is well."""
-    return [*_matrix(), *_locks(), *_readme(), *patch_lint.problems(ROOT / "patches"), *_files()]
+    return [
+        *_matrix(),
+        *_locks(),
+        *_readme(),
+        *patch_lint.problems(ROOT / "patches"),
+        *_images(),
+        *workflows.problems(ROOT),
+        *_files(),
+    ]
 
 
 def _matrix() -> list[str]:
@@ -48,6 +56,15 @@ def _readme() -> list[str]:
     return [] if fresh else ["README.md: support table is stale: python -m ci report --readme"]
 
 
+def _images() -> list[str]:
+    try:
+        return list(images.stale(ROOT))
+    except DFlashError as err:
+        return [str(err)]
+    except OSError as err:
+        return [f"{err.filename}: {err.strerror}"]
+
+
 def _files() -> list[str]:
     found = []
     command = ["git", "ls-files", "-z"]
@@ -66,6 +83,9 @@ def _files() -> list[str]:
             ".jsonl",
             ".txt",
             ".patch",
+            ".Dockerfile",
+            ".hcl",
+            ".sh",
             "",
         }:
             continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import lint, lock, patch_files, report
+from ci import images, lint, lock, patch_files, report
 from dflash_plugin import matrix
 
 ELSEWHERE = "/" + "home/someone/models"  # in two parts, or this file would be found itself
@@ -24,6 +24,9 @@ def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     report.readme(matrix.load(), check=False, path=readme, root=tmp_path / "docs" / "results")
     (tmp_path / "module.py").write_text("X = 1\n")
     shutil.copytree(patch_files.ROOT, tmp_path / "patches")
+    shutil.copytree(images.ROOT / images.FOLDER, tmp_path / images.FOLDER)
+    for path in (images.PAGE, Path("pyproject.toml")):
+        shutil.copy(images.ROOT / path, tmp_path / path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(lint, "ROOT", tmp_path)
     monkeypatch.setattr(lock, "LOCKS", locks)
@@ -89,6 +92,36 @@ def test_files_git_does_not_know_are_no_business_of_ours(tree: Path) -> None:
     (tree / "out").mkdir()
     (tree / "out" / "a.txt").write_text(ELSEWHERE)
     assert _problems(tree) == []
+
+
+def test_a_changed_patch_changes_its_images(tree: Path) -> None:
+    series = tree / "patches" / "vllm" / "0.32.0" / "swa" / "series"
+    series.write_text("\n".join(reversed(series.read_text().splitlines())) + "\n")
+    assert "images/docker-bake.hcl: stale: python -m ci images --write" in _problems(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "words"),
+    [
+        (images.PINS, "not resolved", "resolved", "status is 'resolved', expected 'not resolved'"),
+        (images.PINS, "status", 'digest = "sha256:1"\nstatus', "expected sha256: and 64 digits"),
+        (images.PINS, "[[base]]", "[[bose]]", "unknown key 'bose'"),
+        (images.PAGE, images.END, "", "put the two lines back"),
+        (images.BAKE, "0.33.0-dflash", "0.33.1-dflash", "docker-bake.hcl: stale"),
+        (images.DOCKERFILE, "WORKDIR ", f"WORKDIR {ELSEWHERE}#", "a path of one machine"),
+    ],
+)
+def test_images(tree: Path, path: Path, old: str, new: str, words: str) -> None:
+    file = tree / path
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    assert any(words in line for line in _problems(tree))
+
+
+@pytest.mark.parametrize("path", [images.BAKE, images.PINS, images.PAGE])
+def test_missing_image_files(tree: Path, path: Path) -> None:
+    (tree / path).unlink()
+    assert any(str(path) in line for line in _problems(tree))
 
 
 def test_long_module(tree: Path) -> None:

