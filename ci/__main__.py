@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dflash_plugin import errors, matrix
+from dflash_plugin.cache import make_dir
 from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError, near_names
 from dflash_plugin.matrix import SERVES
 
@@ -29,7 +30,7 @@ from . import (
     serve,
 )
 from .pipeline import CHECK, MEASURE
-from .plan import Overrides, Plan
+from .plan import Overrides, Plan, Shard
 from .records import FAILED, CellResult
 
 
@@ -53,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     server.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     rewrite = commands.add_parser("report", help="write the report of an earlier run again")
     rewrite.add_argument("--out", type=Path, default=Path("out/run"))
+    rewrite.add_argument(
+        "--merge", type=Path, nargs="+", metavar="DIR", help="the shards of a run into --out"
+    )
+    rewrite.add_argument("--matrix", type=Path, help="the one that was run, for --merge")
     rewrite.add_argument("--save", action="store_true", help="keep the results in docs/results/")
     rewrite.add_argument("--readme", action="store_true", help="rewrite the README's table")
     rewrite.add_argument("--check", action="store_true", help="with --readme: only compare")
@@ -101,6 +106,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", action="append", default=[], metavar="FILE.jsonl[:COUNT]",
         help="prompts of your own; may be repeated (default: the packaged ones)",
     )  # fmt: skip
+    parser.add_argument(
+        "--shard", type=Shard.parse, metavar="I/N", help="of N machines' shares the I-th"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -136,8 +144,14 @@ def _make_plan(args: argparse.Namespace) -> Plan:
         ready_timeout=args.ready_timeout,
         compiled=args.compiled,
     )
-    profile = getattr(args, "profile", "demo")
-    return plan.make(data, args.cells, profile, getattr(args, "prompts", ()), overrides)
+    return plan.make(
+        data,
+        args.cells,
+        getattr(args, "profile", "demo"),
+        getattr(args, "prompts", ()),
+        overrides,
+        shard=getattr(args, "shard", None),
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -207,7 +221,11 @@ def _report(args: argparse.Namespace) -> int:
         if args.check and not fresh:
             raise VerdictFailedError("README.md is stale", hint="python -m ci report --readme")
         return 0
-    results = report.read(args.out)
+    if args.merge:
+        results = report.merge(args.merge, matrix.load(args.matrix))
+        make_dir(args.out)
+    else:
+        results = report.read(args.out)
     report.write(args.out, results)
     if args.save:
         report.save(results)

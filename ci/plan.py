@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from dflash_plugin.errors import UnknownCellError
+from dflash_plugin.errors import UnknownCellError, UsageError
 from dflash_plugin.matrix import Cell, Matrix, Profile
 
 from . import prompts
@@ -47,6 +47,46 @@ class PromptSet:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """The ``index``-th of ``count`` parts of a run, from 1: one machine's share."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """From ``i/n``; ``ValueError`` unless 1 <= i <= n."""
+        index, count = map(int, text.split("/"))
+        if not 1 <= index <= count:
+            raise ValueError(text)
+        return cls(index, count)
+
+    def of(self, cells: Sequence[Cell]) -> list[Cell]:
+        """Its share. A release's cells stay together: they share environment and baseline.
+
+        Raises:
+            UsageError: there are fewer releases than shards, so this one has nothing.
+        """
+        releases = list(jobs(cells))
+        mine = releases[self.index - 1 :: self.count]
+        if not mine:
+            raise UsageError(
+                f"shard {self.index}/{self.count} has no cells: "
+                f"the chosen ones are of {len(releases)} release(s)",
+                hint=f"--shard i/n with n at most {len(releases)}",
+            )
+        return [cell for cell in cells if (cell.engine.id, cell.platform) in mine]
+
+
+def jobs(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    """The cells by release and platform, in order: what one machine can run in one go."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell.engine.id, cell.platform), []).append(cell)
+    return found
+
+
+@dataclass(frozen=True)
 class Plan:
     """Cells in matrix order, and what is done in each.
 
@@ -67,6 +107,16 @@ class Plan:
         """For `python -m ci plan --json` and workflows."""
         return {
             "cells": [cell.id for cell in self.cells],
+            "jobs": [
+                {
+                    "engine": engine,
+                    "platform": platform,
+                    "distribution": cells[0].build.distribution,
+                    "version": cells[0].engine.version,
+                    "cells": [cell.id for cell in cells],
+                }
+                for (engine, platform), cells in jobs(self.cells).items()
+            ],
             "profile": asdict(self.profile),
             "prompts": {"set": self.prompts.name, "count": len(self.prompts.prompts)},
         }
@@ -78,6 +128,8 @@ def make(
     profile: str,
     prompt_files: Sequence[str] = (),
     overrides: Overrides | None = None,
+    *,
+    shard: Shard | None = None,
 ) -> Plan:
     """Resolve names; ids and globs of cells, none meaning all.
 
@@ -85,7 +137,7 @@ def make(
 
     Raises:
         UnknownCellError: a name or glob that matches nothing.
-        UsageError: a prompt file that cannot be read.
+        UsageError: a prompt file that cannot be read, or a shard without cells.
     """
     chosen = []
     for name in cells:
@@ -98,12 +150,14 @@ def make(
             chosen += matching
         else:
             chosen.append(matrix.cell(name))
-    selected = chosen if cells else list(matrix.cells)
+    selected = list({cell.id: cell for cell in (chosen if cells else matrix.cells)}.values())
+    if shard is not None:
+        selected = shard.of(selected)
     label = "+".join(Path(f).name for f in prompt_files) if prompt_files else "packaged"
     chosen_prompts = PromptSet.of(label, prompts.load(prompt_files))
     own = chosen_prompts if prompt_files else PromptSet.of("replica", prompts.of_replicas())
     return Plan(
-        cells=tuple({cell.id: cell for cell in selected}.values()),
+        cells=tuple(selected),
         profile=matrix.profile(profile),
         prompts=chosen_prompts,
         replica_prompts=own,

@@ -36,6 +36,32 @@ def read(out: Path) -> list[CellResult]:
     return [CellResult.from_json(row, str(path)) for row in data]
 
 
+def merge(folders: Sequence[Path], matrix: Matrix) -> list[CellResult]:
+    """The results of runs that shared a matrix, one per cell of it, in its order.
+
+    A cell that no folder has is "not run": a shard that died is seen in the report.
+
+    Raises:
+        UsageError: a folder has no report, or two have different results of a cell.
+    """
+    found: dict[str, tuple[CellResult, Path]] = {}
+    for folder in folders:
+        for result in read(folder):
+            if found.setdefault(result.id, (result, folder))[0] != result:
+                raise UsageError(
+                    f"{folder}: {result.id} has another result than in {found[result.id][1]}",
+                    hint="name the folders of one run, each once",
+                )
+    missing = {
+        cell.id: CellResult(cell.id, NOT_RUN, cell.not_run or "no merged run has it")
+        for cell in matrix.cells
+        if cell.id not in found
+    }
+    order = {cell.id: at for at, cell in enumerate(matrix.cells)}
+    results = [*(result for result, _ in found.values()), *missing.values()]
+    return sorted(results, key=lambda result: order.get(result.id, len(order)))
+
+
 def save(results: Sequence[CellResult], root: Path = RESULTS) -> list[Path]:
     """Keep results for the repository: verdicts and numbers, no tokens, no logs."""
     paths = []

@@ -58,6 +58,9 @@ def test_plan_json(fake: Fake, capsys: Captured) -> None:
     assert fake.main("plan", "--json", STOCK) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["cells"] == [STOCK]
+    (job,) = made["jobs"]
+    assert (job["engine"], job["platform"]) == ("vllm-0.32.0", "cpu")
+    assert job["cells"] == [STOCK]
     assert made["profile"]["name"] == "demo"
     assert made["prompts"]["count"] >= 24
     assert made["prompts"]["set"].startswith("packaged@")
