@@ -15,8 +15,8 @@ from ci import workflows
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / workflows.FOLDER).glob("*.yml"))
 WRITES = {
-    "images.yml": {"packages", "id-token", "attestations"},
-    "release.yml": {"packages", "id-token", "attestations"},
+    "images.yml": {"packages", "id-token"},
+    "release.yml": {"packages", "id-token"},
 }
 """What a job may write, by file; nothing elsewhere."""
 
