@@ -1,8 +1,8 @@
-# syntax=docker/dockerfile:1
 # vLLM with dflash-plugin beside it. The targets `cuda` and `cpu` are images; their arguments are
 # in docker-bake.hcl, which `python -m ci images --write` makes. Before it is built:
 #   python -m pip wheel --no-deps --wheel-dir dist .
-# A CA bundle for networks with a proxy of their own: --secret id=ca,src=FILE.
+# A CA bundle for networks with a proxy of their own: --secret id=ca,src=FILE. There is no `syntax`
+# line, for that would be an image from a registry: Docker 20.10 has all that is used here.
 
 # Pinned by the bake file; or an image imported locally.
 ARG BASE
@@ -10,7 +10,14 @@ ARG BASE
 # --- CUDA: vLLM's own image, the plugin, a patch set -------------------------------------------
 # hadolint ignore=DL3006
 FROM ${BASE} AS cuda
-ARG BASE_NAME BASE_DIGEST ENGINE_VERSION VARIANT=stock SERIES_SHA256 PLUGIN_VERSION REVISION SOURCE
+ARG BASE_NAME
+ARG BASE_DIGEST
+ARG ENGINE_VERSION
+ARG VARIANT=stock
+ARG SERIES_SHA256
+ARG PLUGIN_VERSION
+ARG REVISION
+ARG SOURCE
 
 # No index: the wheel needs `packaging` alone, which vLLM brings.
 USER 0:0
@@ -47,7 +54,8 @@ LABEL org.opencontainers.image.title="vllm-openai with dflash-plugin" \
 # --- CPU: the engine as its lock has it, in a virtual environment -------------------------------
 # hadolint ignore=DL3006
 FROM ${BASE} AS cpu-engine
-ARG TORCH LOCK
+ARG TORCH
+ARG LOCK
 # Empty: pip's own index (PyPI's torch for Linux is a CUDA build of several GB).
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -72,7 +80,14 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
 
 # hadolint ignore=DL3006
 FROM ${BASE} AS cpu
-ARG BASE_NAME BASE_DIGEST ENGINE_VERSION VARIANT=stock SERIES_SHA256 PLUGIN_VERSION REVISION SOURCE
+ARG BASE_NAME
+ARG BASE_DIGEST
+ARG ENGINE_VERSION
+ARG VARIANT=stock
+ARG SERIES_SHA256
+ARG PLUGIN_VERSION
+ARG REVISION
+ARG SOURCE
 
 # vLLM's kernels link libnuma; it asks for tcmalloc and Intel's OpenMP, and 0.18 does not start
 # without the first. Versions are those of the base's Debian release.

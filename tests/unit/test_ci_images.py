@@ -6,8 +6,11 @@ import json
 import os
 import re
 import stat
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import hcl2
 import pytest
 
 from ci import __main__ as ci_main
@@ -98,14 +101,31 @@ def test_written_files_are_fresh_and_writing_again_changes_nothing(
     assert capsys.readouterr().out.startswith("images/docker-bake.hcl: stale")
 
 
-def test_every_bake_target_is_an_image_in_one_group() -> None:
-    text = (ROOT / images.BAKE).read_text()
-    targets = set(re.findall(r'^target "([^_"][^"]*)"', text, re.M))
-    assert targets == {i.target for i in all_images()}
-    for target in targets:
-        assert text.count(f'    "{target}",\n') == 1
-    assert text.count("{") == text.count("}")
-    assert text.count("[") == text.count("]")
+def plain(value: Any) -> Any:
+    """The parser leaves strings their quotes, and adds keys of its own."""
+    if isinstance(value, dict):
+        return {plain(k): plain(v) for k, v in value.items() if k[:2] != "__"}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.strip('"') if isinstance(value, str) else value
+
+
+def test_the_bake_file_parses_and_has_every_image_in_one_group() -> None:
+    parsed = plain(hcl2.loads((ROOT / images.BAKE).read_text()))
+    blocks = {kind: {k: v for row in rows for k, v in row.items()} for kind, rows in parsed.items()}
+    assert set(blocks) == {"variable", "group", "target"}
+    targets, groups = blocks["target"], blocks["group"]
+    assert targets.pop("_common")["dockerfile"] == "images/vllm.Dockerfile"
+    assert set(targets) == {image.target for image in all_images()}
+    assert groups.pop("default") == {"targets": ["cpu"]}
+    grouped = [target for group in groups.values() for target in group["targets"]]
+    assert sorted(grouped) == sorted(targets)
+    pins = images.read_pins(ROOT / images.PINS)
+    for image in all_images():
+        target = targets[image.target]
+        assert target["args"] == image.args(pins)
+        assert target["tags"] == [f"${{REGISTRY}}{image.tag}"]
+        assert image.target in groups[image.accelerator]["targets"]
 
 
 def test_json(capsys: Captured) -> None:
@@ -189,3 +209,18 @@ def test_an_image_runs_as_a_user_and_is_labelled(stage: str) -> None:
                  "dflash.patches.sha256", "dflash.plugin.version"):  # fmt: skip
         assert part in body
     assert not re.search(r"\b(gcc|g\+\+|build-essential|cmake|nvcc)\b", body)
+
+
+@pytest.mark.parametrize("wheels", [[], ["0.1", "0.2"]])
+def test_an_installation_needs_exactly_one_wheel(tmp_path: Path, wheels: list[str]) -> None:
+    for version in wheels:
+        (tmp_path / f"dflash_plugin-{version}-py3-none-any.whl").touch()
+    script = (ROOT / images.FOLDER / "install.sh").read_text().replace("/dist/", f"{tmp_path}/")
+    done = subprocess.run(
+        ["sh", "-c", script, "install.sh", "no-python", "stock", "1", "1", ""],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "expected one dflash_plugin wheel" in done.stderr
