@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from dflash_plugin import matrix, patchset
 from dflash_plugin.cache import atomic_write_text
-from dflash_plugin.errors import UsageError, VerdictFailedError
+from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
 from dflash_plugin.matrix import Build, Engine, Matrix
 from dflash_plugin.toml_table import Table, read_toml
 
@@ -282,6 +282,16 @@ def stale(root: Path) -> Iterator[str]:
         file = root / path
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             yield f"{path.as_posix()}: stale: python -m ci images --write"
+
+
+def problems(root: Path) -> list[str]:
+    """What is wrong in the repository at ``root``, for lint: also why it cannot be known."""
+    try:
+        return list(stale(root))
+    except DFlashError as err:
+        return [str(err)]
+    except OSError as err:
+        return [f"{err.filename}: {err.strerror}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

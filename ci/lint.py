@@ -23,7 +23,7 @@ def problems() -> list[str]:
         *_locks(),
         *_readme(),
         *patch_lint.problems(ROOT / "patches"),
-        *_images(),
+        *images.problems(ROOT),
         *workflows.problems(ROOT),
         *_files(),
     ]
@@ -54,15 +54,6 @@ def _readme() -> list[str]:
     except (DFlashError, OSError) as err:
         return [str(err)]
     return [] if fresh else ["README.md: support table is stale: python -m ci report --readme"]
-
-
-def _images() -> list[str]:
-    try:
-        return list(images.stale(ROOT))
-    except DFlashError as err:
-        return [str(err)]
-    except OSError as err:
-        return [f"{err.filename}: {err.strerror}"]
 
 
 def _files() -> list[str]:

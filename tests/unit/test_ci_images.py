@@ -191,6 +191,29 @@ def test_pins_that_no_program_wrote(tmp_path: Path, text: str) -> None:
         images.read_pins(file)
 
 
+@pytest.mark.parametrize(
+    ("path", "old", "new", "words"),
+    [
+        (images.PINS, "not resolved", "resolved", "status is 'resolved', expected 'not resolved'"),
+        (images.PINS, "[[base]]", "[[bose]]", "unknown key 'bose'"),
+        (images.PAGE, images.END, "", "put the two lines back"),
+        (images.BAKE, "0.33.0-dflash", "0.33.1-dflash", "docker-bake.hcl: stale"),
+        (images.PINS, "v0.33.0", "v0.33.1", "pins.toml: stale"),
+    ],
+)
+def test_an_edited_file_is_a_problem(
+    tree: Path, path: Path, old: str, new: str, words: str
+) -> None:
+    assert ci_main.main(["images", "--write"]) == 0
+    assert images.problems(tree) == []
+    file = tree / path
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new, 1))
+    assert any(words in line for line in images.problems(tree))
+    file.unlink()
+    assert any(str(path) in line for line in images.problems(tree))
+
+
 def test_what_is_sent_to_a_build_is_what_the_dockerfile_uses() -> None:
     dockerfile = (ROOT / images.DOCKERFILE).read_text()
     kept = {
