@@ -46,8 +46,7 @@ class _Kept:
     """Data in a file, with a hash of the facts it depends on."""
 
     def __init__(self, path: Path, facts: object) -> None:
-        self.path = path
-        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        self.path, self.key = path, _key(facts)
 
     def read(self) -> dict[str, Any] | None:
         """The data, if it is there and depends on the same facts."""
@@ -68,5 +67,8 @@ class Shared(_Kept):
     """Data that several cells of one run have in common: a file for each set of facts."""
 
     def __init__(self, folder: Path, name: str, facts: object) -> None:
-        super().__init__(folder, facts)
-        self.path = folder / f"{name}-{self.key[:16]}.json"
+        super().__init__(folder / f"{name}-{_key(facts)[:16]}.json", facts)
+
+
+def _key(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

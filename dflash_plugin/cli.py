@@ -6,12 +6,15 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, engines, errors, matrix, patch_cli, train_cli
 from .bench.options import add_arguments as add_bench_arguments
+
+if TYPE_CHECKING:
+    from . import launch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,11 +179,7 @@ def _serve(args: argparse.Namespace) -> int:
 
         decision = known_pairs.require(row, engine)
     resolved = launch.resolve_pair(args.target, args.draft)
-    k = args.num_speculative_tokens
-    if k == "auto":
-        from .bench import advice
-
-        k = advice.for_serving(engine, resolved, args.for_concurrency)
+    k = _k(args, engine, lambda: resolved)
     if not args.no_preflight:
         pair.require(resolved.preflight(k))
     command, env = launch.serve_plan(engine, resolved, args.engine_args, k)
@@ -202,11 +201,7 @@ def _serve_known(
     engine = asked or engines.find(args.engine) or launch.what_if(args.engine)
     launch.require_draft(row)
     decision = known_pairs.require(row, engine)
-    k = args.num_speculative_tokens
-    if k == "auto":
-        from .bench import advice
-
-        k = advice.for_serving(engine, launch.resolve_pair(args.target), args.for_concurrency)
+    k = _k(args, engine, lambda: launch.resolve_pair(args.target))
     command, env = launch.known_plan(engine, row, args.engine_args, k)
     print(decision.line(), file=sys.stderr)
     limits = [f"limit: {limit}" for limit in decision.limits]
@@ -215,6 +210,20 @@ def _serve_known(
         print(f"note: {note}", file=sys.stderr)
     print(_shell(command, env))
     return 0
+
+
+def _k(
+    args: argparse.Namespace,
+    engine: engines.Installed,
+    resolved: Callable[[], launch.ResolvedPair],
+) -> int | None:
+    """The K asked for; for ``auto`` that of the pair's stored advice."""
+    if args.num_speculative_tokens != "auto":
+        asked: int | None = args.num_speculative_tokens
+        return asked
+    from .bench import advice
+
+    return advice.for_serving(engine, resolved(), args.for_concurrency)
 
 
 def _shell(command: Sequence[str], env: Mapping[str, str]) -> str:
