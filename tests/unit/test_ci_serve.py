@@ -166,7 +166,8 @@ def test_child_that_ignores_sigterm_is_killed(fake: Fake, monkeypatch: pytest.Mo
     monkeypatch.setattr(process, "STOP_GRACE", 0.3)
     fake.faults({"fault": "ignore_sigterm"}, {"fault": "grandchild"})
     with serve_all([_spec(fake)]):
-        assert len(fake.processes()) == 2
+        # A process between its fork and its exec shows no environment yet.
+        wait_for(lambda: len(fake.processes()) == 2, "both processes")
     wait_for(lambda: not fake.processes(), "the group's end")
 
 

@@ -94,8 +94,7 @@ class Run:
         prompts.Exclusions.load(self.config.prompts.exclude)
         for stage in STAGES:
             done = self._done(stage)
-            seconds = self.state.get(stage, {}).get("seconds", 0.0)
-            status = "done" if done else ("begun" if seconds else "to do")
+            status = "done" if done else ("begun" if stage in self.state else "to do")
             allowed = self._allowed(stage)
             time = "" if allowed is None or done else f", at most {allowed:.0f} s"
             lines.append(f"{stage}: {status}{time}")
