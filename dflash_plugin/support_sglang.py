@@ -24,11 +24,18 @@ _RELEASES = (
     ),
     Releases(
         "0.5.11",
-        "0.5.20",
+        "0.5.13",
         Level.REFUSED,
-        "this version of dflash-plugin does nothing on it; the engine runs as published",
+        "the release's draft worker is another one, which the repairs do not know; the engine runs "
+        "as published",
     ),
-    Releases("0.5.21", "0.5.23", Level.NATIVE, "the release's own DFLASH", (_GPU_NOT_RUN,)),
+    Releases(
+        "0.5.14",
+        "0.5.17",
+        Level.REFUSED,
+        "nobody has held the repairs against it; the engine runs as published",
+    ),
+    Releases("0.5.18", "0.5.23", Level.NATIVE, "the release's own DFLASH", (_GPU_NOT_RUN,)),
 )
 
 _ON_CPU = "a platform for CPUs, on plain torch"
@@ -38,39 +45,41 @@ DIFFERENCES = (
     *(
         Difference(shim, first, last, "cpu", _ON_CPU)
         for shim, first, last in (
-            ("sglang-cpu-guard", "0.5.21", "0.5.23"),
-            ("sglang-cpu-streams", "0.5.21", "0.5.23"),
-            ("sglang-cpu-draft-backend", "0.5.21", "0.5.23"),
-            ("sglang-cpu-req-to-token", "0.5.21", "0.5.23"),
-            ("sglang-cpu-kv-copy", "0.5.21", "0.5.23"),
-            ("sglang-cpu-norm-rope", "0.5.21", "0.5.23"),
-            ("sglang-cpu-verify", "0.5.21", "0.5.23"),
+            ("sglang-cpu-guard", "0.5.18", "0.5.23"),
+            ("sglang-cpu-arguments", "0.5.18", "0.5.20"),
+            ("sglang-cpu-cache-locs", "0.5.18", "0.5.20"),
+            ("sglang-cpu-streams", "0.5.18", "0.5.23"),
+            ("sglang-cpu-draft-backend", "0.5.18", "0.5.23"),
+            ("sglang-cpu-req-to-token", "0.5.18", "0.5.23"),
+            ("sglang-cpu-kv-copy", "0.5.18", "0.5.23"),
+            ("sglang-cpu-norm-rope", "0.5.18", "0.5.23"),
+            ("sglang-cpu-verify", "0.5.18", "0.5.23"),
         )
     ),
     Difference(
         "sglang-cpu-sampling",
-        "0.5.21",
+        "0.5.18",
         "0.5.23",
         "cpu",
         "at temperature > 0 drafts are verified greedily on the CPU",
     ),
-    Difference("sglang-draft-dtype", "0.5.21", "0.5.23", None, "float32 and float16 drafts crash"),
+    Difference("sglang-draft-dtype", "0.5.18", "0.5.23", None, "float32 and float16 drafts crash"),
     Difference(
         "sglang-draft-tensors",
-        "0.5.21",
+        "0.5.18",
         "0.5.23",
         None,
         "drafts with missing or unknown tensors are loaded without a word",
     ),
     Difference(
         "sglang-draft-attention",
-        "0.5.21",
+        "0.5.18",
         "0.5.23",
         None,
         "windows and causality stated in dflash_config are ignored",
     ),
     Difference(
-        "sglang-minimax-taps", "0.5.21", "0.5.23", None, "MiniMax-M2 targets hand out no taps"
+        "sglang-minimax-taps", "0.5.18", "0.5.23", None, "MiniMax-M2 targets hand out no taps"
     ),
 )
 

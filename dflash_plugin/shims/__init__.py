@@ -61,6 +61,8 @@ SGLANG_NAMES: Mapping[str, str] = {
     name: name.replace("-", "_")
     for name in (
         "sglang-cpu-guard",
+        "sglang-cpu-arguments",
+        "sglang-cpu-cache-locs",
         "sglang-cpu-streams",
         "sglang-cpu-draft-backend",
         "sglang-cpu-req-to-token",
