@@ -8,6 +8,8 @@ that interpreter's own environment as JSON.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -69,6 +71,17 @@ def find(name: str) -> Installed | None:
             *_patched(found, version),
         )
     return None
+
+
+def announce(log: logging.Logger, line: str, variable: str) -> None:
+    """One line per server, not one per process: children inherit the environment.
+
+    The first process may load plugins before the engine has set up its logging; the line is
+    then left to the first process that can print it.
+    """
+    if log.isEnabledFor(logging.INFO) and not os.environ.get(variable):
+        os.environ[variable] = str(os.getpid())
+        log.info("dflash-plugin: %s", line)
 
 
 def serve_command(
@@ -152,7 +165,15 @@ def _platform(distribution: str, version: str) -> str:
             return platform
     if Path("/dev/nvidiactl").exists():
         return "cuda"
-    return "rocm" if Path("/dev/kfd").exists() else "unknown"
+    if Path("/dev/kfd").exists():
+        return "rocm"
+    # One wheel of SGLang serves all platforms, and without a device the plugin's is used.
+    alone = distribution == "sglang" and not any(map(_any_device, ("davinci*", "dri/renderD*")))
+    return "cpu" if alone and sys.platform.startswith("linux") else "unknown"
+
+
+def _any_device(pattern: str) -> bool:
+    return any(Path("/dev").glob(pattern))
 
 
 def _intel_openmp() -> str | None:
