@@ -67,7 +67,8 @@ _SGLANG = _Options(
     length="--context-length",
     sequences="--max-running-requests",
     eager="--disable-cuda-graph",
-    always=("--enable-metrics",),
+    # A scheduler with nothing to do would keep a core busy, and two servers share them.
+    always=("--enable-metrics", "--sleep-on-idle"),
     # A health check would generate a token each time, and wait a second for it.
     env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
     # Also where there is a GPU: the cell is the CPU's.

@@ -333,7 +333,7 @@ def test_sglang_is_started_in_its_own_words(fake: Fake) -> None:
         *("-m", "sglang.launch_server", "--model-path", str(fake.model())),
         *("--served-model-name", "target", "--host", "127.0.0.1", "--port", "7"),
         *("--dtype", "float32", "--context-length", "2048", "--max-running-requests", "16"),
-        *("--enable-metrics", "--device", "cpu", "--x", "--disable-cuda-graph"),
+        *("--enable-metrics", "--sleep-on-idle", "--device", "cpu", "--x", "--disable-cuda-graph"),
         *("--speculative-algorithm", "DFLASH"),
         *("--speculative-draft-model-path", str(fake.model(half="draft"))),
         *("--speculative-num-draft-tokens", "5"),
