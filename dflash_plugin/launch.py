@@ -171,17 +171,22 @@ def serve_plan(
         k = pair.DraftConfig.from_dir(resolved.draft_dir).max_speculative_tokens
     more = [*recommended(engine, resolved.args, engine_args), *engine_args]
     if engine.name == "sglang":
-        layers = pair.DraftConfig.from_dir(resolved.draft_dir).layers
         sglang_args.check(
             more,
             engine.platform,
             k,
-            target=read_config(resolved.target_dir),
-            all_sliding_or_causal=all(layer.window is not None for layer in layers)
-            or all(layer.causal for layer in layers),
+            target=lambda: read_config(resolved.target_dir),
+            all_sliding_or_causal=lambda: _all_sliding_or_causal(resolved.draft_dir),
         )
     args = engines.speculation(engine.name, resolved.draft, k, resolved.draft_revision)
     return engines.serve_command(_python(engine), engine, resolved.target, [*args, *more])
+
+
+def _all_sliding_or_causal(draft: Path) -> bool:
+    layers = pair.DraftConfig.from_dir(draft).layers
+    return all(layer.window is not None for layer in layers) or all(
+        layer.causal for layer in layers
+    )
 
 
 def known_plan(

@@ -7,7 +7,7 @@ replaces by another) in a line of its log. Options in a ``--config`` file are no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import UsageError
@@ -36,8 +36,8 @@ def check(
     platform: str,
     num_speculative_tokens: int,
     *,
-    target: Mapping[str, Any] | None = None,
-    all_sliding_or_causal: bool | None = None,
+    target: Callable[[], Mapping[str, Any]] | None = None,
+    all_sliding_or_causal: Callable[[], bool] | None = None,
 ) -> None:
     """Raise where DFlash would not run with ``given``, or not as asked.
 
@@ -45,8 +45,8 @@ def check(
         given: SGLang's arguments, as on its command line.
         platform: cpu, cuda, ….
         num_speculative_tokens: K; a block is one more.
-        target: the target's ``config.json``; None: not known.
-        all_sliding_or_causal: of the draft's layers; None: not known.
+        target: reads the target's ``config.json``, where it matters; None: not known.
+        all_sliding_or_causal: tells it of the draft's layers, likewise.
 
     Raises:
         UsageError: with the option, what it may be, and what to do.
@@ -60,7 +60,7 @@ def check(
         )
     _check_attention_data(options, platform)
     tensor = _number(options, *_TENSOR)
-    if tensor is not None and tensor[1] > 1 and target is not None and quantised_head(target):
+    if tensor is not None and tensor[1] > 1 and target is not None and quantised_head(target()):
         raise UsageError(
             f"{tensor[0]} {tensor[1]}: the target's lm_head is quantised, and DFlash reads a "
             "quantised head on SGLang with one rank only",
@@ -118,7 +118,9 @@ def _check_attention_data(options: Mapping[str, str | None], platform: str) -> N
 
 
 def _check_backends(
-    options: Mapping[str, str | None], platform: str, all_sliding_or_causal: bool | None
+    options: Mapping[str, str | None],
+    platform: str,
+    all_sliding_or_causal: Callable[[], bool] | None,
 ) -> None:
     asked = options.get(_DRAFT_BACKEND)
     known = (CPU_BACKEND,) if platform == "cpu" else DRAFT_BACKENDS
@@ -128,7 +130,7 @@ def _check_backends(
             f"{' or '.join(known)}",
             hint="choose one of them, or drop it: a draft uses its target's where it can",
         )
-    if asked == "trtllm_mha" and all_sliding_or_causal is False:
+    if asked == "trtllm_mha" and all_sliding_or_causal is not None and not all_sliding_or_causal():
         raise UsageError(
             f"{_DRAFT_BACKEND} trtllm_mha: SGLang uses it for drafts whose layers are all sliding "
             "or causal, which this one's are not, and takes another without asking",

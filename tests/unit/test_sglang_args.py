@@ -78,9 +78,9 @@ def test_what_it_does_not_run_with(line, platform, message, remedy):
 @pytest.mark.parametrize("config", [GPTQ, COMPRESSED, {"text_config": COMPRESSED}])
 def test_a_quantised_head_needs_one_rank(config):
     with pytest.raises(UsageError, match="lm_head is quantised") as caught:
-        check("--tp-size 2", target=config)
+        check("--tp-size 2", target=lambda: config)
     assert "--tp-size 1" in caught.value.hint
-    check("--tp-size 1", target=config)
+    check("--tp-size 1", target=lambda: config)
 
 
 @pytest.mark.parametrize(
@@ -94,15 +94,15 @@ def test_a_quantised_head_needs_one_rank(config):
     ],
 )
 def test_a_head_that_is_not(config):
-    check("--tp-size 2", target=config)
+    check("--tp-size 2", target=lambda: config)
 
 
 def test_a_draft_backend_that_would_be_replaced_silently():
     line = "--speculative-draft-attention-backend trtllm_mha"
     with pytest.raises(UsageError, match="takes another without asking") as caught:
-        check(line, all_sliding_or_causal=False)
+        check(line, all_sliding_or_causal=lambda: False)
     assert "flashinfer" in caught.value.hint
-    check(line, all_sliding_or_causal=True)
+    check(line, all_sliding_or_causal=lambda: True)
     check(line)  # not known
 
 
@@ -155,6 +155,8 @@ def test_limits_end_with_2(pair, capsys):
     assert cli.main([*pair, "--", "--pp-size", "2"]) == 2
     assert "next step: " in capsys.readouterr().err
     path = Path(pair[1])
+    assert cli.main([*pair, "--", "--speculative-draft-attention-backend", "trtllm_mha"]) == 2
+    assert "takes another without asking" in capsys.readouterr().err
     write_config(path, json.loads((path / "config.json").read_text()) | GPTQ)
     assert cli.main([*pair, "--", "--tp-size", "2"]) == 2
     assert "lm_head is quantised" in capsys.readouterr().err
