@@ -31,26 +31,47 @@ _RELEASES = (
     Releases("0.5.21", "0.5.23", Level.NATIVE, "the release's own DFLASH", (_GPU_NOT_RUN,)),
 )
 
-# In the order of application; the guard looks when all of it is done.
+_ON_CPU = "a platform for CPUs, on plain torch"
+
+# In the order of application.
 DIFFERENCES = (
     *(
-        Difference(shim, first, "0.5.23", "cpu", what)
-        for shim, first, what in (
-            ("sglang-cpu-guard", "0.5.21", "a platform for CPUs, on plain torch"),
-            ("sglang-cpu-streams", "0.5.21", "a platform for CPUs, on plain torch"),
-            ("sglang-cpu-draft-backend", "0.5.21", "a platform for CPUs, on plain torch"),
-            ("sglang-cpu-req-to-token", "0.5.21", "a platform for CPUs, on plain torch"),
-            ("sglang-cpu-kv-copy", "0.5.21", "a platform for CPUs, on plain torch"),
-            ("sglang-cpu-norm-rope", "0.5.21", "a platform for CPUs, on plain torch"),
-            ("sglang-cpu-verify", "0.5.21", "a platform for CPUs, on plain torch"),
-            (
-                "sglang-cpu-sampling",
-                "0.5.21",
-                "at temperature > 0 drafts are verified greedily on CPUs",
-            ),
+        Difference(shim, first, last, "cpu", _ON_CPU)
+        for shim, first, last in (
+            ("sglang-cpu-guard", "0.5.21", "0.5.23"),
+            ("sglang-cpu-streams", "0.5.21", "0.5.23"),
+            ("sglang-cpu-draft-backend", "0.5.21", "0.5.23"),
+            ("sglang-cpu-req-to-token", "0.5.21", "0.5.23"),
+            ("sglang-cpu-kv-copy", "0.5.21", "0.5.23"),
+            ("sglang-cpu-norm-rope", "0.5.21", "0.5.23"),
+            ("sglang-cpu-verify", "0.5.21", "0.5.23"),
         )
     ),
+    Difference(
+        "sglang-cpu-sampling",
+        "0.5.21",
+        "0.5.23",
+        "cpu",
+        "at temperature > 0 drafts are verified greedily on the CPU",
+    ),
     Difference("sglang-draft-dtype", "0.5.21", "0.5.23", None, "float32 and float16 drafts crash"),
+    Difference(
+        "sglang-draft-tensors",
+        "0.5.21",
+        "0.5.23",
+        None,
+        "drafts with missing or unknown tensors are loaded without a word",
+    ),
+    Difference(
+        "sglang-draft-attention",
+        "0.5.21",
+        "0.5.23",
+        None,
+        "windows and causality stated in dflash_config are ignored",
+    ),
+    Difference(
+        "sglang-minimax-taps", "0.5.21", "0.5.23", None, "MiniMax-M2 targets hand out no taps"
+    ),
 )
 
 

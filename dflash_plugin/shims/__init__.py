@@ -69,6 +69,9 @@ SGLANG_NAMES: Mapping[str, str] = {
         "sglang-cpu-verify",
         "sglang-cpu-sampling",
         "sglang-draft-dtype",
+        "sglang-draft-tensors",
+        "sglang-draft-attention",
+        "sglang-minimax-taps",
     )
 }
 """The same for SGLang."""

@@ -145,7 +145,7 @@ def tree_speculative_sampling_target_only(  # noqa: PLR0917 (the engine's)
     drawn = uniform_samples_for_final_sampling.double() * cumulated[:, -1]
     last = torch.searchsorted(cumulated, drawn[:, None], right=True)[:, 0]
     # Rounding may put the draw on the total itself.
-    last = torch.minimum(last, torch.searchsorted(cumulated, cumulated[:, -1:])[:, 0])
+    last = torch.minimum(last, torch.searchsorted(cumulated, cumulated[:, -1:].clone())[:, 0])
 
     after = torch.cat([drafted, drafted.new_zeros(batch, 1)], 1)
     after[rows, count] = last
