@@ -184,7 +184,7 @@ def test_speed_by_the_clock(
 ) -> None:
     """The other tests count engine steps instead; this one is far from any noise."""
     monkeypatch.setattr(measure, "_run", REAL_PASS)
-    fake.faults({"fault": "slow", "seconds": 0.05, "mode": slow})
+    fake.faults({"fault": "slow", "seconds": 0.15, "mode": slow})
     assert fake.main("measure", STOCK) == code
     (row,) = fake.report()
     assert (row["speedup"] > 2) == (slow == "base")
