@@ -87,8 +87,8 @@ def test_exited_names_code_and_last_lines(fake: Fake) -> None:
 def test_timed_out(fake: Fake) -> None:
     fake.faults({"fault": "never_ready"})
     with (
-        pytest.raises(EngineTimeoutError, match="not ready after 1 s") as caught,
-        serve_all([_spec(fake)], timeout=1),
+        pytest.raises(EngineTimeoutError, match="not ready after 3 s") as caught,
+        serve_all([_spec(fake)], timeout=3),
     ):
         pytest.fail("ready")
     assert caught.value.exit_code == 20
