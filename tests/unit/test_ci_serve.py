@@ -379,12 +379,21 @@ VALIDATION_LOG = """\
 (APIServer pid=1)   Input should be 'ngram' or 'eagle'
 (APIServer pid=1)     For further information visit the docs
 """
+SGLANG_LOG = """\
+[2026-11-22 13:20:44] Fail to set RLIMIT_NOFILE: current limit exceeds maximum limit
+[2026-11-22 13:20:49 TP0] Scheduler hit an exception: Traceback (most recent call last):
+  File "/env/lib/python3.11/site-packages/sglang/srt/managers/scheduler.py", line 1, in run
+    raise ValueError("no such thing")
+ValueError: no such thing
+[2026-11-22 13:20:50] Received sigquit from a child process. It usually means the child failed.
+"""
 
 
 @pytest.mark.parametrize(
     ("log", "found"),
     [
         (VLLM_LOG, "RuntimeError: size mismatch"),
+        (SGLANG_LOG, "ValueError: no such thing"),
         (
             VALIDATION_LOG,
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for Config "
