@@ -128,10 +128,10 @@ def surprises(
     """
     lines = []
     rows = known(result.id)
+    if result.status == NOT_RUN and not result.settings:
+        return []
     if result.serves.status == FAILED or SERVES in rows:
         verdicts = (SERVES,)
-    elif result.status == NOT_RUN and not result.settings:
-        return []
     for name in verdicts:
         verdict: Verdict = getattr(result, name)
         if name in rows:

@@ -94,8 +94,12 @@ def serve_command(
         target: model folder or hub id.
         args: the engine's own arguments.
     """
-    if engine.name != "vllm":
-        raise ValueError(f"no serve command for {engine.name}")
+    if engine.name == "sglang":
+        # Not `sglang serve`: it asks first what kind of model it is, on a hub if need be.
+        command = [python, "-m", "sglang.launch_server", "--model-path", target]
+        if engine.platform == "cpu" and "--device" not in args:
+            command += ["--device", "cpu"]
+        return [*command, *args], {}
     if engine.distribution == "vllm":
         command = [python, "-m", "vllm.entrypoints.cli.main", "serve", target]
     else:
@@ -113,6 +117,19 @@ def speculative_config(draft: str, num_speculative_tokens: int, revision: str | 
     if revision is not None:
         config["revision"] = revision
     return json.dumps({**config, "num_speculative_tokens": num_speculative_tokens})
+
+
+def speculation(
+    engine: str, draft: str, num_speculative_tokens: int, revision: str | None = None
+) -> list[str]:
+    """The engine's arguments for a DFlash draft; SGLang counts the known token in as well."""
+    if engine == "vllm":
+        config = speculative_config(draft, num_speculative_tokens, revision)
+        return ["--speculative-config", config]
+    args = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", draft]
+    if revision is not None:
+        args += ["--speculative-draft-model-revision", revision]
+    return [*args, "--speculative-num-draft-tokens", str(num_speculative_tokens + 1)]
 
 
 def _preloaded(engine: Installed) -> list[str]:

@@ -53,4 +53,4 @@ def plugin_run(tmp_path_factory: pytest.TempPathFactory) -> CellRun:
 @pytest.fixture(scope="session")
 def stock_run(tmp_path_factory: pytest.TempPathFactory) -> CellRun:
     out = tmp_path_factory.mktemp("stock")
-    return harness(out, "check", f"{ENGINE}/stock/cpu/smollm2-135m", "--profile", "ci")
+    return harness(out, "check", f"{ENGINE}/stock/cpu/tiny-qwen3", "--profile", "ci")

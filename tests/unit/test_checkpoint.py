@@ -283,9 +283,7 @@ def test_sha256_and_progress(tmp_path):
 MUTATION = st.tuples(st.sampled_from(["flip", "cut", "insert"]), st.integers(0, 400), st.binary())
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations=st.lists(MUTATION, min_size=1, max_size=4))
 def test_damaged_files_raise_our_errors_alone(file, mutations):
     write_weights(file, SHAPES)

@@ -19,6 +19,7 @@ from ci_fake import (  # noqa: F401  # fixtures
 )
 
 from ci import measure, report
+from ci.records import CellResult
 from dflash_plugin import matrix
 
 DFLASH: dict[str, Any] = {"mode": "dflash"}
@@ -183,7 +184,7 @@ def test_speed_by_the_clock(
 ) -> None:
     """The other tests count engine steps instead; this one is far from any noise."""
     monkeypatch.setattr(measure, "_run", REAL_PASS)
-    fake.faults({"fault": "slow", "seconds": 0.05, "mode": slow})
+    fake.faults({"fault": "slow", "seconds": 0.15, "mode": slow})
     assert fake.main("measure", STOCK) == code
     (row,) = fake.report()
     assert (row["speedup"] > 2) == (slow == "base")
@@ -287,6 +288,12 @@ def test_known_not_to_serve_does_not_excuse_another_abort(fake: Fake) -> None:
     fake.write_matrix(known=KNOWN.replace('"faithful"', '"serves"'))
     fake.faults({"fault": "crash", "mode": "replay"})
     assert fake.main("check", STOCK) == 25
+
+
+def test_known_not_to_serve_where_nothing_is_run() -> None:
+    result = CellResult(STOCK, "not_run", "no GPU here")
+    row = matrix.Known(STOCK, "serves", "r", "tomorrow")
+    assert report.surprises(result, ("faithful",), lambda _: {"serves": row}) == []
 
 
 # --- --resume ------------------------------------------------------------------------------

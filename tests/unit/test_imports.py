@@ -32,6 +32,7 @@ LAYERS = {
     "checkpoint": 1,
     "cache": 1,
     "engines": 1,
+    "sglang_args": 1,
     "hardware": 1,
     "patchset": 1,
     "support_types": 1,

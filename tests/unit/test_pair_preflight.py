@@ -232,9 +232,7 @@ KEYS += ["sliding_window", "is_causal", "rms_norm_eps", "text_config", "final_lo
 NESTED = ["mask_token_id", "target_layer_ids", "block_size", "use_swa", "causal"]
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4),
     nested=st.dictionaries(st.sampled_from(NESTED), JSON, max_size=2),
@@ -251,9 +249,7 @@ def test_preflight_never_raises(folders, changes, nested, k):
         assert (check.exit_code in (12, 13, 14)) == (check.status == "failed")
 
 
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=JSON)
 def test_preflight_of_any_json_never_raises(folders, config):
     for folder in folders:

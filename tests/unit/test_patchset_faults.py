@@ -180,7 +180,7 @@ trees = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(trees, min_size=2, max_size=4).filter(
         lambda steps: all(a != b for a, b in itertools.pairwise(steps))

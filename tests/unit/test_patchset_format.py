@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from patch_trees import ENGINE, FIELDS, PATCHED, patch_text, write_set
 
@@ -115,7 +115,6 @@ def test_carriage_returns_are_refused_with_their_place():
         patchset.parse(text, "fix-it.patch")
 
 
-@settings(deadline=None)
 @given(st.integers(0, len(TEXT) - 1))
 def test_a_truncated_patch_is_refused(length):
     """But at the end of a file's part, where what is left is a patch: its ids tell then."""
@@ -172,7 +171,6 @@ lines = st.lists(
 texts = st.tuples(lines, st.sampled_from(["", "end"])).map(lambda t: "".join(t[0]) + t[1])
 
 
-@settings(deadline=None)
 @given(texts, texts)
 def test_apply_and_reverse_are_inverse(old, new):
     if old == new:

@@ -181,7 +181,7 @@ def test_every_shim_there_is_used():
 VERSIONS = st.text() | st.from_regex(r"\d{1,3}(\.\d{1,3}){0,3}(rc|\.dev|\.post|\+)?\w{0,3}")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     engine=st.just("vllm") | st.text(),
     version=VERSIONS,

@@ -30,7 +30,7 @@ def loop(starts, lengths, rejected, known, rows):
 REQUEST = st.tuples(st.integers(0, 50), st.integers(1, 9), st.integers(0, 8), st.integers(0, 8))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(REQUEST, min_size=1, max_size=5), st.integers(2, 6), st.booleans())
 def test_blocks_as_a_loop_makes_them(requests, rows, some_rejected):
     starts, lengths, gone, known = (list(column) for column in zip(*requests, strict=True))
