@@ -230,7 +230,7 @@ def in_parts(parameter, tensor, part):
 class Draft:
     """As the engine loads one: fused parameters, unknown names skipped."""
 
-    parts = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+    parts = (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v"))
 
     def __init__(self, **config):
         self.config = SimpleNamespace(**config)
@@ -244,7 +244,7 @@ class Draft:
 
     def load_weights(self, weights):
         for name, tensor in weights:
-            for own, part in self.parts.items():
+            for own, part in self.parts:
                 if own in name:
                     fused = self.parameters[name.replace(own, "qkv_proj")]
                     fused.weight_loader(fused, tensor, part)
