@@ -123,9 +123,9 @@ class DFlashDraftModel(nn.Module):
                         f"{path}: {name} is {tensor.dtype}, expected 16, 32 or 64 bit floats",
                         hint="use the published, not quantised, draft",
                     )
-                tensor = tensor.to(wanted) if wanted not in (None, "auto") else tensor
+                kept = tensor.to(wanted) if wanted not in (None, "auto") else tensor
                 # Small ones are copied: as views they would keep the whole file in memory.
-                weights[name] = tensor if tensor.ndim == 2 else tensor.clone()
+                weights[name] = kept if kept.ndim == 2 else kept.clone()
         return cls(config, weights)
 
     @property
