@@ -27,7 +27,8 @@ from dflash_plugin.errors import ReplayError, run_cli
 from . import prompts
 
 _WORKER = Path(__file__).parent / "workers" / "local_pair.py"
-SIDES = ("ours", "public", "generate")
+SIDES = ("ours", "public", "generate", "unpacked")
+"""``unpacked``: ours with the target's and draft's matrices as they are (Transformers)."""
 
 
 class Side:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["transformers", "mlx"], default="transformers")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the packages")
     parser.add_argument("--path", action="append", default=[], help="also on its PYTHONPATH")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:3]))
     parser.add_argument("--target", help="folder (default: the demo pair)")
     parser.add_argument("--draft", help="folder")
     parser.add_argument("--prompts", action="append", default=[], metavar="FILE[:COUNT]")
