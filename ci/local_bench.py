@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for side in sides:
             side.close()
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "python", "path")}
+    for half in ("target", "draft"):
+        settings[half] = "/".join(Path(settings[half]).parts[-2:])
     document = {
         "settings": {**settings, "prompts": prompts.digest(chosen)},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
