@@ -2,6 +2,7 @@
 
     torch-<version>                one per torch release, below everything else
     └── reference-<key>            transformers and friends: the reference's replay, the tests
+    └── torchvision-<key>          for the engines that do not start without it
     └── <engine>-<platform>-<key>  the engine as its lock has it
         └── …-patched-<key>        its files linked, and a patch set applied
         └── …-plugin-<key>         this checkout's wheel beside it, as users install it
@@ -38,7 +39,7 @@ from dflash_plugin.matrix import Build, Engine
 from . import layers, lock, patched_engine, wheel
 from .installer import Pip
 from .layers import Built, Interpreter, Layer
-from .torch_index import install_torch
+from .torch_index import install_torch, install_torchvision
 
 KEEP_PLUGIN_LAYERS = 2
 """Per engine build: this edit of the checkout and the one before."""
@@ -235,7 +236,10 @@ def _engine_layers(engine: Engine, build: Build, base: Interpreter) -> list[Laye
             f"{engine.version} wants a machine with that platform",
             hint=f"--env-python {engine.id}=PATH names an interpreter that has it",
         )
-    return [torch, _lock_layer(name, lock.LOCKS / build.lock, torch, reports)]
+    below = [torch]
+    if build.torchvision is not None:
+        below.append(_torchvision_layer(build.torchvision, torch))
+    return [*below, _lock_layer(name, lock.LOCKS / build.lock, below[-1], reports)]
 
 
 def _reference_layers(base: Interpreter) -> list[Layer]:
@@ -248,6 +252,11 @@ def _reference_layers(base: Interpreter) -> list[Layer]:
 def _torch_layer(version: str, base: Interpreter) -> Layer:
     key = _key(version, base.minor, base.machine)
     return Layer(f"torch-{version}-{key}", partial(install_torch, version), ("torch",))
+
+
+def _torchvision_layer(version: str, torch: Layer) -> Layer:
+    install = partial(install_torchvision, version)
+    return Layer(f"torchvision-{version}-{_key(torch.name)}", install, ("torchvision",))
 
 
 def _lock_layer(name: str, path: Path, below: Layer, reports: tuple[str, ...]) -> Layer:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,19 @@ REFERENCE_REQUIREMENTS = (
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "triton")
 """Never in a lock: the torch family is a layer of its own, triton is not used on a CPU."""
 
+CUDA_ONLY = (
+    *("cuda-python", "cuda-tile", "nvidia-cutlass-dsl", "nvidia-mathdx", "nvshmem4py-cu13"),
+    *("flash-attn-4", "flashinfer-python", "humming-kernels", "quack-kernels", "tilelang"),
+    *("sgl-deep-ep", "sgl-deep-gemm", "sgl-flash-mla", "sglang-kernel", "tokenspeed-mla"),
+)
+"""What SGLang asks for whatever the platform: gigabytes of GPU kernels, of no use on a CPU."""
+
 _WHY = """\
 # torch {torch} is left out: it is a layer of its own, shared by all environments, and its
 # CPU build is not on the index that this file was made from. triton is left out: 1 GB,
 # unused on a CPU (a CUDA build of torch brings its own).
 """
+_WHY_CUDA = "# Left out too, for they are for GPUs only:\n"
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Lock:
     path: Path
     requirements: tuple[str, ...]
     torch: str
+    left_out: tuple[str, ...] = LEFT_OUT
 
 
 def known_locks(path: Path | None = None, *, folder: Path = LOCKS) -> Mapping[str, Lock]:
@@ -77,7 +87,10 @@ def known_locks(path: Path | None = None, *, folder: Path = LOCKS) -> Mapping[st
         for position, build in enumerate(b for b in engine.builds.values() if b.lock):
             lock_id = f"{engine.id}/{build.platform}" if position else engine.id
             requirement = f"{build.distribution}=={engine.version}"
-            locks.append(Lock(lock_id, folder / str(build.lock), (requirement,), build.torch))
+            left_out = (*LEFT_OUT, *CUDA_ONLY) if engine.name == "sglang" else LEFT_OUT
+            locks.append(
+                Lock(lock_id, folder / str(build.lock), (requirement,), build.torch, left_out)
+            )
     return {lock.id: lock for lock in locks}
 
 
@@ -95,13 +108,13 @@ def compile_lock(lock: Lock, *, upgrade: bool = False) -> str:
             shutil.copyfile(lock.path, out)  # uv prefers what is in its output file
         (folder / "in.txt").write_text("\n".join(lock.requirements) + "\n", encoding="utf-8")
         # torch stays in the resolution, so that what it shares with the engine fits both.
-        overrides = [f"{n}{_pin(n, lock)} ; sys_platform == 'never'" for n in LEFT_OUT]
+        overrides = [f"{n}{_pin(n, lock)} ; sys_platform == 'never'" for n in lock.left_out]
         (folder / "over.txt").write_text("\n".join(overrides) + "\n", encoding="utf-8")
         command = [_uv(), "pip", "compile", "in.txt", "--override", "over.txt", "--universal"]
         command += ["--generate-hashes", "--python-version", PYTHON, "--no-header"]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--annotation-style", "line"]
         command += ["--no-progress", "--quiet", "--output-file", out.name]
-        command += [arg for n in LEFT_OUT for arg in ("--no-emit-package", n)]
+        command += [arg for n in lock.left_out for arg in ("--no-emit-package", n)]
         command += ["--upgrade"] if upgrade else []
         env = {**os.environ, "NO_COLOR": "1"}
         done = subprocess.run(
@@ -199,7 +212,12 @@ def _uv() -> str:
 
 def _header(lock: Lock) -> str:
     made = f"# Written by `python -m ci lock {lock.id}` from: {' '.join(lock.requirements)}\n"
-    return made + _WHY.format(torch=lock.torch)
+    more = [name for name in lock.left_out if name not in LEFT_OUT]
+    names = textwrap.wrap(
+        ", ".join(more), 94, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
+    why = [_WHY_CUDA, *(f"{line}\n" for line in names)] if more else []
+    return made + _WHY.format(torch=lock.torch) + "".join(why)
 
 
 def _entries(text: str) -> list[list[str]]:

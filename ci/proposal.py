@@ -83,6 +83,7 @@ def _with_build(text: str, engine: Engine, build: Build, found: Found) -> str:
     fields: dict[str, Any] = {
         "distribution": found.distribution,
         "torch": found.torch,
+        **({"torchvision": _torchvision(found.torch)} if build.torchvision else {}),
         "requires_python": found.requires_python,
     }
     if build.lock:
@@ -95,6 +96,12 @@ def _with_build(text: str, engine: Engine, build: Build, found: Found) -> str:
     head = _table({"name": engine.name, "version": found.newest})
     at = names.index((engine.name, engine.version))
     return _after(text, "engine", at, "".join(["[[engine]]\n", head, "\n", *block]))
+
+
+def _torchvision(torch: str) -> str:
+    """The release for a torch release: 0.(x + 15).y for 2.x.y, since 2.0 (their own table)."""
+    found = Version(torch)
+    return f"0.{found.minor + 15}.{found.micro}"
 
 
 def _with_cells(text: str, engine: Engine, build: Build, found: Found) -> str:

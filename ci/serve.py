@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,52 @@ RECORDER = Path(__file__).parent / "recorder"
 
 
 @dataclass(frozen=True)
+class _Options:
+    """What an engine calls the things that every server here is started with.
+
+    ``plugins``: this package's entry points. ``allowed``: the variable that names the plugins
+    to load, and ``nothing`` its value for none.
+    """
+
+    length: str
+    sequences: str
+    eager: str
+    always: tuple[str, ...]
+    env: Mapping[str, str]
+    cpu_env: Mapping[str, str]
+    plugins: tuple[str, ...]
+    allowed: str
+    nothing: str
+
+
+_VLLM = _Options(
+    length="--max-model-len",
+    sequences="--max-num-seqs",
+    eager="--enforce-eager",
+    always=(),
+    env={"VLLM_NO_USAGE_STATS": "1"},
+    cpu_env={},
+    plugins=("dflash",),
+    allowed="VLLM_PLUGINS",
+    nothing="",
+)
+_SGLANG = _Options(
+    length="--context-length",
+    sequences="--max-running-requests",
+    eager="--disable-cuda-graph",
+    # A scheduler with nothing to do would keep a core busy, and two servers share them.
+    always=("--enable-metrics", "--sleep-on-idle"),
+    # A health check would generate a token each time, and wait a second for it.
+    env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+    # Also where there is a GPU: the cell is the CPU's.
+    cpu_env={"SGLANG_PLATFORM": "dflash_cpu"},
+    plugins=("dflash", "dflash_cpu"),
+    allowed="SGLANG_PLUGINS",
+    nothing="none",  # an empty list allows everything
+)
+
+
+@dataclass(frozen=True)
 class ServerSpec:
     """Everything that decides what is started.
 
@@ -61,6 +107,11 @@ class ServerSpec:
         return self.draft is not None
 
     @property
+    def engine_name(self) -> str:
+        """Which engine it is."""
+        return self.cell.engine.name
+
+    @property
     def label(self) -> str:
         """For messages: cell, what is served, dtype."""
         mode = "dflash" if self.draft else "base"
@@ -68,19 +119,20 @@ class ServerSpec:
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of the server."""
+        options = _SGLANG if self.engine_name == "sglang" else _VLLM
         args = [
             *("--served-model-name", MODEL_NAME, "--host", self.host, "--port", str(port)),
-            *("--dtype", self.dtype, "--max-model-len", str(self.max_model_len)),
-            *("--max-num-seqs", str(self.max_num_seqs)),
+            *("--dtype", self.dtype, options.length, str(self.max_model_len)),
+            *(options.sequences, str(self.max_num_seqs), *options.always),
             *self.cell.build.args,
             *self.extra_args,
         ]
         if self.eager:
-            args.append("--enforce-eager")
+            args.append(options.eager)
         if self.draft is not None:
-            config = engines.speculative_config(str(self.draft), self.num_speculative_tokens)
-            args += ["--speculative-config", config]
-        engine = installed(self.environment, self.cell.engine.name)
+            k = self.num_speculative_tokens
+            args += engines.speculation(self.engine_name, str(self.draft), k)
+        engine = installed(self.environment, self.engine_name)
         command, extra = engines.serve_command(
             str(self.environment.python), engine, str(self.target), args
         )
@@ -90,15 +142,17 @@ class ServerSpec:
             **extra,
             # Nothing here needs a hub; a look-up would only wait for a time-out.
             "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
+            **options.env,
         }
-        plugins = ["dflash"] if self.cell.variant.plugin else []
+        plugins = list(options.plugins) if self.cell.variant.plugin else []
+        if self.cell.variant.plugin and self.cell.platform == "cpu":
+            env |= options.cpu_env
         if self.record is not None:
             env["PYTHONPATH"] = str(RECORDER)
             env["DFLASH_RECORD"] = str(self.record.absolute())
             plugins.append("dflash_recorder")
         # Named, so that a cell runs what it says and no other plugin of the environment.
-        env["VLLM_PLUGINS"] = ",".join(plugins)
+        env[options.allowed] = ",".join(plugins) or options.nothing
         return command, env
 
 

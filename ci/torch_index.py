@@ -55,9 +55,19 @@ def install_torch(version: str, pip: Pip) -> None:
             f"no index of CPU builds ({INDEX}) can be reached: torch=={version} comes from pip's "
             "own index or folder; PyPI's Linux build is for CUDA, several GB, and runs on a CPU too"
         )
-        pip.install(f"torch=={version}")
+    _install("torch", version, index, pip)
+
+
+def install_torchvision(version: str, pip: Pip) -> None:
+    """Install torchvision alone, from where the torch below comes from: they must be one build."""
+    _install("torchvision", version, torch_index(), pip, "--no-deps")
+
+
+def _install(name: str, version: str, index: str | None, pip: Pip, *options: str) -> None:
+    if index is None:
+        pip.install(*options, f"{name}=={version}")
         return
     # Only that index has +cpu versions, so it may be an extra: a mirror set up in pip's
     # configuration stays in use for the rest. macOS has one build, with no suffix.
     local = "+cpu" if sys.platform.startswith("linux") else ""
-    pip.install(f"torch=={version}{local}", "--extra-index-url", index)
+    pip.install(*options, f"{name}=={version}{local}", "--extra-index-url", index)

@@ -8,6 +8,8 @@ that interpreter's own environment as JSON.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -71,6 +73,17 @@ def find(name: str) -> Installed | None:
     return None
 
 
+def announce(log: logging.Logger, line: str, variable: str) -> None:
+    """One line per server, not one per process: children inherit the environment.
+
+    The first process may load plugins before the engine has set up its logging; the line is
+    then left to the first process that can print it.
+    """
+    if log.isEnabledFor(logging.INFO) and not os.environ.get(variable):
+        os.environ[variable] = str(os.getpid())
+        log.info("dflash-plugin: %s", line)
+
+
 def serve_command(
     python: str, engine: Installed, target: str, args: Sequence[str]
 ) -> tuple[list[str], dict[str, str]]:
@@ -81,8 +94,12 @@ def serve_command(
         target: model folder or hub id.
         args: the engine's own arguments.
     """
-    if engine.name != "vllm":
-        raise ValueError(f"no serve command for {engine.name}")
+    if engine.name == "sglang":
+        # Not `sglang serve`: it asks first what kind of model it is, on a hub if need be.
+        command = [python, "-m", "sglang.launch_server", "--model-path", target]
+        if engine.platform == "cpu" and "--device" not in args:
+            command += ["--device", "cpu"]
+        return [*command, *args], {}
     if engine.distribution == "vllm":
         command = [python, "-m", "vllm.entrypoints.cli.main", "serve", target]
     else:
@@ -100,6 +117,19 @@ def speculative_config(draft: str, num_speculative_tokens: int, revision: str | 
     if revision is not None:
         config["revision"] = revision
     return json.dumps({**config, "num_speculative_tokens": num_speculative_tokens})
+
+
+def speculation(
+    engine: str, draft: str, num_speculative_tokens: int, revision: str | None = None
+) -> list[str]:
+    """The engine's arguments for a DFlash draft; SGLang counts the known token in as well."""
+    if engine == "vllm":
+        config = speculative_config(draft, num_speculative_tokens, revision)
+        return ["--speculative-config", config]
+    args = ["--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", draft]
+    if revision is not None:
+        args += ["--speculative-draft-model-revision", revision]
+    return [*args, "--speculative-num-draft-tokens", str(num_speculative_tokens + 1)]
 
 
 def _preloaded(engine: Installed) -> list[str]:
@@ -135,7 +165,15 @@ def _platform(distribution: str, version: str) -> str:
             return platform
     if Path("/dev/nvidiactl").exists():
         return "cuda"
-    return "rocm" if Path("/dev/kfd").exists() else "unknown"
+    if Path("/dev/kfd").exists():
+        return "rocm"
+    # One wheel of SGLang serves all platforms, and without a device the plugin's is used.
+    alone = distribution == "sglang" and not any(map(_any_device, ("davinci*", "dri/renderD*")))
+    return "cpu" if alone and sys.platform.startswith("linux") else "unknown"
+
+
+def _any_device(pattern: str) -> bool:
+    return any(Path("/dev").glob(pattern))
 
 
 def _intel_openmp() -> str | None:

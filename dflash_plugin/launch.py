@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import demo, engines, hub, matrix, pair, support
+from . import demo, engines, hub, matrix, pair, sglang_args, support
+from .config_file import read_config
 from .errors import (
     EngineNotFoundError,
     ModelNotFoundError,
@@ -18,7 +19,10 @@ from .errors import (
 )
 
 DEMO = "demo"
-_SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
+_SPECULATION = {
+    "vllm": ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"),
+    "sglang": sglang_args.WRITTEN,
+}
 
 
 @dataclass(frozen=True)
@@ -158,15 +162,31 @@ def serve_plan(
     """Command and extra environment that serve ``resolved`` with DFlash.
 
     Raises:
-        UsageError: the engine's own arguments already set speculation.
+        UsageError: the engine's own arguments already set speculation, or DFlash does not run
+            with them.
     """
-    refuse_speculation(engine_args)
+    refuse_speculation(engine_args, engine.name)
     k = num_speculative_tokens or resolved.num_speculative_tokens
     if k is None:
         k = pair.DraftConfig.from_dir(resolved.draft_dir).max_speculative_tokens
-    config = engines.speculative_config(resolved.draft, k, resolved.draft_revision)
-    args = ["--speculative-config", config, *recommended(engine, resolved.args, engine_args)]
-    return engines.serve_command(_python(engine), engine, resolved.target, [*args, *engine_args])
+    more = [*recommended(engine, resolved.args, engine_args), *engine_args]
+    if engine.name == "sglang":
+        sglang_args.check(
+            more,
+            engine.platform,
+            k,
+            target=lambda: read_config(resolved.target_dir),
+            all_sliding_or_causal=lambda: _all_sliding_or_causal(resolved.draft_dir),
+        )
+    args = engines.speculation(engine.name, resolved.draft, k, resolved.draft_revision)
+    return engines.serve_command(_python(engine), engine, resolved.target, [*args, *more])
+
+
+def _all_sliding_or_causal(draft: Path) -> bool:
+    layers = pair.DraftConfig.from_dir(draft).layers
+    return all(layer.window is not None for layer in layers) or all(
+        layer.causal for layer in layers
+    )
 
 
 def known_plan(
@@ -178,11 +198,11 @@ def known_plan(
     """:func:`serve_plan` of a published pair from the matrix alone: no hub, no file of it.
 
     Raises:
-        UsageError: the engine's own arguments already set speculation.
+        UsageError: as :func:`serve_plan`, as far as the matrix knows the pair.
         ModelNotFoundError: the pair has no draft yet.
         PairMismatchError: K is more than the draft's block has room for.
     """
-    refuse_speculation(engine_args)
+    refuse_speculation(engine_args, engine.name)
     require_draft(row)
     k = num_speculative_tokens or row.num_speculative_tokens
     block = row.draft_shape.block_size if row.draft_shape is not None else None
@@ -191,10 +211,12 @@ def known_plan(
             f"{row.id}: {k} speculative tokens asked for, but the draft's block is {block}",
             hint=f"use --num-speculative-tokens {block - 1} or less",
         )
-    config = engines.speculative_config(row.draft, k, row.draft_revision)
-    args = ["--speculative-config", config, *recommended(engine, row.args, engine_args)]
+    more = [*recommended(engine, row.args, engine_args), *engine_args]
+    if engine.name == "sglang":
+        sglang_args.check(more, engine.platform, k)
+    args = engines.speculation(engine.name, row.draft, k, row.draft_revision)
     target = str(hub.local_folder(row.target) or row.target)
-    return engines.serve_command(_python(engine), engine, target, [*args, *engine_args])
+    return engines.serve_command(_python(engine), engine, target, [*args, *more])
 
 
 def _python(engine: engines.Installed) -> str:
@@ -228,12 +250,12 @@ def what_if(
     )
 
 
-def refuse_speculation(engine_args: Sequence[str]) -> None:
+def refuse_speculation(engine_args: Sequence[str], engine: str = "vllm") -> None:
     """Raise ``UsageError`` where the engine's own arguments set speculation."""
     for arg in engine_args:
         # vLLM also takes --speculative_config, and --speculative-config.method=…
         option = arg.partition("=")[0].partition(".")[0].replace("_", "-")
-        if option in _SPECULATION:
+        if option in _SPECULATION[engine]:
             raise UsageError(
                 f"{option} is written by `serve`",
                 hint="drop it, or start the engine yourself with your own configuration",

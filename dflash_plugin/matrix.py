@@ -147,6 +147,7 @@ def _engine(table: Table) -> Engine:
             platform=platform,
             distribution=sub.take("distribution", str),
             torch=sub.take("torch", str),
+            torchvision=sub.take("torchvision", str, default=None),
             requires_python=sub.take("requires_python", str),
             lock=sub.take("lock", str, default=None),
             env=sub.strings_by_name("env"),

@@ -26,6 +26,7 @@ class Build:
     lock: str | None  # None: not built here, an interpreter that has it must be named
     env: Mapping[str, str]
     args: tuple[str, ...]
+    torchvision: str | None = None  # where the engine does not start without it
 
 
 @dataclass(frozen=True)

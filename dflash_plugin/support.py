@@ -7,47 +7,15 @@ they run as if this package were not installed.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
 from packaging.version import Version
 
-from . import engines
-
-
-class Level(str, Enum):
-    """How DFlash comes to run, nearest extension point first."""
-
-    NATIVE = "native"
-    REGISTERED = "registered"
-    SHIM = "shim"
-    PATCH = "patch"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Support:
-    """A decision, its reason, what does not work all the same, and the next step."""
-
-    engine: str
-    version: str
-    platform: str
-    level: Level
-    reason: str
-    limits: tuple[str, ...] = ()
-    next_step: str = ""
-    shims: tuple[str, ...] = ()
-
-    @property
-    def usable(self) -> bool:
-        """Whether `method: dflash` can be used at all."""
-        return self.level is not Level.REFUSED
-
-    def line(self) -> str:
-        """One line for logs and `doctor`."""
-        where = f"{self.engine} {self.version} on {self.platform}"
-        return f"DFlash on {where}: {self.level.value} ({self.reason})"
-
+from . import engines, support_sglang
+from .support_types import Difference as Difference  # noqa: PLC0414 (re-exported)
+from .support_types import Level as Level  # noqa: PLC0414
+from .support_types import Releases
+from .support_types import Support as Support  # noqa: PLC0414
 
 _CPU_RUNS = (
     "recorded runs are on the CPU; on GPUs the repairs were held against the release's sources only"
@@ -61,35 +29,13 @@ _WHOLE_KV = (
 )
 
 
-@dataclass(frozen=True)
-class _Releases:
-    """``first`` .. ``last`` and what they have of DFlash; ``limits`` hold with the shims on."""
-
-    first: str
-    last: str
-    level: Level
-    reason: str
-    limits: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What one shim bridges, in which releases; ``platform`` None: on all of them."""
-
-    shim: str
-    first: str
-    last: str
-    platform: str | None
-    what: str
-
-
 _NO_GEMMA4 = (
     "with a Gemma 4 target the release puts a draft's layers into several KV cache groups and stops"
 )
 _TOO_OLD = "the release has no dflash method, and its targets no common way to hand out taps"
 _NO_GRAPHS = "the draft runs without CUDA graphs and torch.compile"
 _OWN = "the release's own dflash"
-_BETWEEN = _Releases(
+_BETWEEN = Releases(
     "0",
     "0",
     Level.REFUSED,
@@ -99,16 +45,16 @@ _BETWEEN = _Releases(
 # Releases looked at, oldest first. SHIM is not written here: it is NATIVE with a difference.
 # Sources: the releases' own source, and runs recorded in docs/results/.
 _VLLM = (
-    _Releases("0.0", "0.17.1", Level.REFUSED, _TOO_OLD),
-    _Releases("0.18.0", "0.19.1", Level.REGISTERED, "the plugin's own dflash", (_NO_GRAPHS,)),
-    _Releases(
+    Releases("0.0", "0.17.1", Level.REFUSED, _TOO_OLD),
+    Releases("0.18.0", "0.19.1", Level.REGISTERED, "the plugin's own dflash", (_NO_GRAPHS,)),
+    Releases(
         "0.20.0",
         "0.24.0",
         Level.NATIVE,
         _OWN,
         (_WHOLE_KV, _NO_GEMMA4),
     ),
-    _Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN, (_CPU_RUNS,)),
+    Releases("0.25.0", "0.33.0", Level.NATIVE, _OWN, (_CPU_RUNS,)),
 )
 
 # One line per shim and range of releases, in the order in which they are applied.
@@ -292,7 +238,6 @@ _VLLM_TARGETS = {
 }
 _VLLM_DFLASH2 = "0.28.0"
 _LINEAR_TARGETS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
-_SGLANG = ("0.5.11", "0.5.23")
 
 
 def decide_for(engine: engines.Installed) -> Support:
@@ -306,7 +251,7 @@ def decide_for(engine: engines.Installed) -> Support:
     )
 
 
-def decide(
+def decide(  # noqa: PLR0911
     engine: str,
     version: str,
     platform: str,
@@ -328,6 +273,8 @@ def decide(
         return Support(engine, version, platform, Level.REFUSED, reason, next_step=next_step)
 
     if engine != "vllm":
+        if engine == "sglang":
+            return support_sglang.decide(version, platform)
         return refused(
             f"this version of dflash-plugin does nothing on {engine}; the engine runs as published",
             "see the support table in the README for what is covered",
@@ -414,7 +361,7 @@ def first_release(model_type: str | None, *, dflash2: bool = False) -> str:
 def releases(engine: str) -> tuple[str, str]:
     """The oldest and newest release of an engine with a DFlash, its own or the plugin's."""
     if engine == "sglang":
-        return _SGLANG
+        return support_sglang.oldest(), support_sglang.newest()
     return _oldest_usable(), max((row.last for row in _VLLM), key=Version)
 
 

@@ -7,7 +7,6 @@ here, vLLM runs as if the package were not installed, and one log line says so.
 from __future__ import annotations
 
 import logging
-import os
 
 _ANNOUNCED = "DFLASH_PLUGIN_ANNOUNCED"
 _registered = False
@@ -34,7 +33,7 @@ def register() -> None:
                 "old or new; run `dflash-plugin patch status`, which settles it"
             )
         decision = support.decide_for(engine)
-        _announce(log, decision.line())
+        engines.announce(log, decision.line(), _ANNOUNCED)
         if decision.shims:
             from . import shims
 
@@ -43,14 +42,3 @@ def register() -> None:
         log.exception(
             "dflash-plugin: not active because of the error below; vLLM runs as published"
         )
-
-
-def _announce(log: logging.Logger, line: str) -> None:
-    """One line per server, not one per process: children inherit the environment.
-
-    The first process may load plugins before vLLM has set up its logging (0.32 does);
-    the line is then left to the first process that can print it.
-    """
-    if log.isEnabledFor(logging.INFO) and not os.environ.get(_ANNOUNCED):
-        os.environ[_ANNOUNCED] = str(os.getpid())
-        log.info("dflash-plugin: %s", line)

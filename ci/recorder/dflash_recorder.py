@@ -31,6 +31,29 @@ def register() -> None:
         wrap(llm_base_proposer.SpecDecodeBaseProposer, path)
 
 
+def register_sglang() -> None:
+    """Entry point ``sglang.srt.plugins``; does nothing unless ``DFLASH_RECORD`` is set."""
+    path = os.environ.get("DFLASH_RECORD")
+    if not path:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    worker = "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2"
+
+    def step(original, self, batch, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if batch.forward_mode.is_extend() or batch.is_extend_in_batch:  # a prefill drafts nothing
+            return original(self, batch, *args, **kwargs)
+        # Before the call, which moves them on: the prefix ends where the known token goes.
+        positions = batch.seq_lens.tolist()
+        result = original(self, batch, *args, **kwargs)
+        if positions:
+            blocks = self._draft_block_tokens_buf[: len(positions)].tolist()
+            write(path, positions, [b[0] for b in blocks], [b[1:] for b in blocks])
+        return result
+
+    HookRegistry.register(f"{worker}.forward_batch_generation", step, HookType.AROUND)
+
+
 def wrap_derived(base, path):  # type: ignore[no-untyped-def]
     """Record every class that is derived from ``base`` later and proposes in its own way."""
 
@@ -63,11 +86,16 @@ def wrap(proposer, path):  # type: ignore[no-untyped-def]
         last = positions[ends].tolist()
         known = kwargs["next_token_ids"].tolist()
         result = original(self, *args, **kwargs)
-        with Path(path).open("a", encoding="utf-8") as file:
-            for position, token, draft in zip(last, known, result.tolist(), strict=True):
-                line = {"position": position + 1, "known": token, "draft": draft}
-                file.write(json.dumps(line) + "\n")
+        write(path, [position + 1 for position in last], known, result.tolist())
         return result
 
     propose.records_blocks = True
     proposer.propose = propose
+
+
+def write(path, positions, known, drafts):  # type: ignore[no-untyped-def]
+    """One line per request."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        for position, token, draft in zip(positions, known, drafts, strict=True):
+            line = {"position": position, "known": token, "draft": draft}
+            file.write(json.dumps(line) + "\n")

@@ -27,7 +27,9 @@ from ..errors import (
     from_os_error,
 )
 from .server import ServerClient
+from .sglang_server import SglangClient
 
+CLIENTS: Mapping[str, type[ServerClient]] = {"vllm": ServerClient, "sglang": SglangClient}
 MODEL_NAME = "target"
 READY_TIMEOUT = 600.0
 STOP_GRACE = 15.0
@@ -50,6 +52,11 @@ class Spec(Protocol):
     @property
     def label(self) -> str:
         """For messages."""
+        ...
+
+    @property
+    def engine_name(self) -> str:
+        """One of :data:`CLIENTS`."""
         ...
 
     @property
@@ -157,7 +164,7 @@ class Server:
 
     def __init__(self, spec: Spec, port: int) -> None:
         self.spec, self.port = spec, port
-        self.client = ServerClient(f"http://{spec.host}:{port}", MODEL_NAME)
+        self.client = CLIENTS[spec.engine_name](f"http://{spec.host}:{port}", MODEL_NAME)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -287,9 +294,12 @@ def clean_environment() -> dict[str, str]:
     """
     dropped = (
         *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD"),
-        *("DFLASH_PLUGIN_ANNOUNCED", "DFLASH_RECORD"),
+        *("DFLASH_PLUGIN_ANNOUNCED", "DFLASH_PLUGIN_ANNOUNCED_SGLANG", "DFLASH_RECORD"),
     )
-    return {k: v for k, v in os.environ.items() if k not in dropped and not k.startswith("VLLM_")}
+    engines_own = ("VLLM_", "SGLANG_")
+    return {
+        k: v for k, v in os.environ.items() if k not in dropped and not k.startswith(engines_own)
+    }
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -43,6 +43,11 @@ class ArmServer:
         return f"arm {self.arm.name}"
 
     @property
+    def engine_name(self) -> str:
+        """Which engine it is."""
+        return self.engine.name
+
+    @property
     def drafting(self) -> bool:
         """Whether it speculates."""
         return self.arm.speculation is not None

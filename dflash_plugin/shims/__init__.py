@@ -55,7 +55,28 @@ NAMES: Mapping[str, str] = {
     "swa-causal-v2": "vllm_swa_causal_v2",
     "triton-geometry": "vllm_triton_geometry",
 }
-"""Shim name, as ``support`` uses it -> module in this package."""
+"""Shim name, as ``support`` uses it -> module in this package: vLLM's, which are patches too."""
+
+SGLANG_NAMES: Mapping[str, str] = {
+    name: name.replace("-", "_")
+    for name in (
+        "sglang-cpu-guard",
+        "sglang-cpu-arguments",
+        "sglang-cpu-cache-locs",
+        "sglang-cpu-streams",
+        "sglang-cpu-draft-backend",
+        "sglang-cpu-req-to-token",
+        "sglang-cpu-kv-copy",
+        "sglang-cpu-norm-rope",
+        "sglang-cpu-verify",
+        "sglang-cpu-sampling",
+        "sglang-draft-dtype",
+        "sglang-draft-tensors",
+        "sglang-draft-attention",
+        "sglang-minimax-taps",
+    )
+}
+"""The same for SGLang."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ class Shim:
 
 def load(name: str) -> Shim:
     """The shim of that name."""
-    module = importlib.import_module(f"{__name__}.{NAMES[name]}")
+    module = importlib.import_module(f"{__name__}.{_module(name)}")
     shim: Shim = module.SHIM
     return shim
 
@@ -191,7 +212,11 @@ def _apply(shim: Shim, module: ModuleType, log: logging.Logger) -> None:
 
 
 def _marker(shim: Shim) -> str:
-    return f"_dflash_plugin_{NAMES[shim.name]}"
+    return f"_dflash_plugin_{_module(shim.name)}"
+
+
+def _module(name: str) -> str:
+    return NAMES[name] if name in NAMES else SGLANG_NAMES[name]
 
 
 def _after_import(name: str, key: str, action: Callable[[ModuleType], None]) -> None:

@@ -46,6 +46,12 @@ def differences(shim: Shim, read: Read) -> list[str]:
 
 def fingerprint_in(text: str, symbol: str) -> str | None:
     """:func:`dflash_plugin.shims.fingerprint` of ``Class.method`` in a module's text."""
+    source = source_in(text, symbol)
+    return None if source is None else fingerprint_of(source)
+
+
+def source_in(text: str, symbol: str) -> str | None:
+    """The source of ``Class.method`` in a module's text; None: there is none."""
     node: ast.AST = ast.parse(text)
     for part in symbol.split("."):
         named = [
@@ -60,7 +66,7 @@ def fingerprint_in(text: str, symbol: str) -> str | None:
     assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     # What inspect.getsource would give, comments after the last statement included.
-    return fingerprint_of("".join(inspect.getblock(text.splitlines(keepends=True)[first - 1 :])))
+    return "".join(inspect.getblock(text.splitlines(keepends=True)[first - 1 :]))
 
 
 def _statements(node: ast.AST) -> list[ast.AST]:

@@ -68,9 +68,9 @@ class Duo:
         return ids[-tokens:]
 
 
-def prepare(pair: str, folder: Path, *, variant: str = "plugin") -> CellRun:
+def prepare(pair: str, folder: Path, *, variant: str = "plugin", release: str = RELEASE) -> CellRun:
     """The cell of ``pair`` on the release under test, with its environments."""
-    name = f"{RELEASE}/{variant}/cpu/{pair}"
+    name = f"{release}/{variant}/cpu/{pair}"
     return pipeline.prepare(
         matrix.load().cell(name), plan.make(matrix.load(), [name], "tiny"), folder
     )

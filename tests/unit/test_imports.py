@@ -32,8 +32,11 @@ LAYERS = {
     "checkpoint": 1,
     "cache": 1,
     "engines": 1,
+    "sglang_args": 1,
     "hardware": 1,
     "patchset": 1,
+    "support_types": 1,
+    "support_sglang": 1,
     "support": 2,
     "hub": 2,
     "reference": 2,
@@ -76,13 +79,17 @@ SIDEWAYS = {
     ("console", "local"),
     ("bench", "local"),
     ("doctor", "known_pairs"),
+    ("support_sglang", "support_types"),
     ("patchset", "engines"),
     ("patchset", "cache"),
 }
 PLAIN = {"packaging", "tomli", *sys.stdlib_module_names}
 ENTRY_MODULES = {"vllm_entry", "sglang_entry"}
 # Subclasses of the engine's own, and torch code: loaded by shims once dflash is asked for.
-IN_THE_ENGINE = {"vllm_block_inputs", "vllm_torch_kernels", "vllm_draft_model", "vllm_proposer"}
+IN_THE_ENGINE = {
+    *("vllm_block_inputs", "vllm_torch_kernels", "vllm_draft_model", "vllm_proposer"),
+    *("sglang_platform", "sglang_torch_kernels"),
+}
 HEAVY = {"vllm", "sglang", "torch", "transformers", "mlx", "mlx_lm"}
 # What the modules of a local back-end may import at their top: they are imported when asked for.
 BACKENDS = {

@@ -132,7 +132,10 @@ def test_k_may_be_less_and_not_more(capsys):
         ("qwen3-8b --engine-version 9.0", 22, "not known", "update dflash-plugin"),
         ("qwen3-8b --engine-version x", 22, "not a version number", "published release"),
         ("qwen3-8b --engine-version 0.19.1 --platform rocm", 22, "CPUs and CUDA", "0.20.0"),
-        ("gemma-4-31b-it --engine sglang", 22, "nothing on sglang", "--engine vllm (0.25.0"),
+        (
+            "gemma-4-31b-it --engine sglang --engine-version 0.5.10",
+            *(22, "no DFLASH", "--engine vllm (0.25.0"),
+        ),
     ],
 )
 def test_why_not_and_what_instead(capsys, request_, code, said, step):
@@ -189,7 +192,8 @@ def test_filters(site, capsys):
     assert ids(capsys, "--memory", "10", "--family", "qwen3") == [
         *("qwen3-4b", "qwen3.5-4b", "qwen3.5-4b-2026-05"),
     ]
-    assert ids(capsys, "--engine", "sglang") == []
+    assert "qwen3-8b" in ids(capsys, "--engine", "sglang")
+    assert ids(capsys, "--engine", "sglang", "--engine-version", "0.5.10") == []
     old = ids(capsys, "--engine", "vllm", "--engine-version", "0.18.1")
     assert "qwen3-8b" in old
     assert not {"gemma-4-31b-it", "minimax-m2.5", "qwen3-coder-next", "glm-5.1"} & set(old)

@@ -125,6 +125,45 @@ def test_registers_on_the_engine(
     assert proposer.propose.records_blocks
 
 
+def test_sglang(recorder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the worker's step: a prefill is let through, a block is written per request."""
+    hooks: list[tuple[str, Any, str]] = []
+    module = ModuleType("sglang.srt.plugins.hook_registry")
+    module.HookRegistry = SimpleNamespace(register=lambda *args: hooks.append(args))  # type: ignore[attr-defined]
+    module.HookType = SimpleNamespace(AROUND="around")  # type: ignore[attr-defined]
+    for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    path = tmp_path / "b"
+    monkeypatch.setenv("DFLASH_RECORD", str(path))
+    recorder.register_sglang()
+    ((target, step, kind),) = hooks
+    assert target.endswith(".DFlashWorkerV2.forward_batch_generation") and kind == "around"
+    worker = SimpleNamespace(
+        _draft_block_tokens_buf=torch.tensor([[70, 1, 2], [80, 3, 4], [0] * 3])
+    )
+
+    def batch(extend: bool) -> Any:
+        mode = SimpleNamespace(is_extend=lambda: extend)
+        lengths = torch.tensor([12, 24])
+        return SimpleNamespace(forward_mode=mode, is_extend_in_batch=False, seq_lens=lengths)
+
+    def original(self: object, given: Any, **_: object) -> str:
+        given.seq_lens += 3  # the engine's own may move on
+        return "result"
+
+    assert step(original, worker, batch(True)) == "result"
+    assert not path.exists()
+    assert step(original, worker, batch(False), on_publish=None) == "result"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"position": 12, "known": 70, "draft": [1, 2]},
+        {"position": 24, "known": 80, "draft": [3, 4]},
+    ]
+    monkeypatch.delenv("DFLASH_RECORD")
+    recorder.register_sglang()
+    assert len(hooks) == 1
+
+
 def test_before_there_is_a_proposer_of_the_engines_own(
     recorder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

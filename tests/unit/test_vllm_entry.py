@@ -8,7 +8,7 @@ import os
 import pytest
 from installations import install, site_fixture  # noqa: F401  # fixture
 
-from dflash_plugin import engines, sglang_entry, shims, support, vllm_entry
+from dflash_plugin import engines, shims, support, vllm_entry
 
 DONE = "dflash-plugin: DFlash on vllm"
 EXPECTED = list(support.decide("vllm", "0.32.0", "cpu").shims)
@@ -18,9 +18,8 @@ EXPECTED = list(support.decide("vllm", "0.32.0", "cpu").shims)
 def fresh(monkeypatch, caplog):
     """As in a new process: nothing registered or announced, and shims only noted."""
     monkeypatch.setattr(vllm_entry, "_registered", False)
-    for name in (vllm_entry._ANNOUNCED, sglang_entry._ANNOUNCED):
-        monkeypatch.setenv(name, "")  # so that it is restored, whatever a test sets
-        monkeypatch.delenv(name)
+    monkeypatch.setenv(vllm_entry._ANNOUNCED, "")  # so that it is restored, whatever a test sets
+    monkeypatch.delenv(vllm_entry._ANNOUNCED)
     caplog.set_level(logging.INFO)
 
 
@@ -155,30 +154,3 @@ def test_whatever_goes_wrong_the_engine_starts(vllm_cpu, monkeypatch, caplog, wh
     (record,) = [r for r in caplog.records if r.levelno == logging.ERROR]
     assert "vLLM runs as published" in record.message
     assert "broken here" in caplog.text
-
-
-# --- SGLang ---
-
-
-def test_sglang_is_told_once_that_nothing_is_done(site, caplog):
-    install(site, "sglang", "0.5.21")
-    sglang_entry.register()
-    sglang_entry.register()
-    assert caplog.text.count("DFlash on sglang 0.5.21") == 1
-    assert "runs as published" in caplog.text
-
-
-def test_sglang_that_is_not_there_is_not_mentioned(site, caplog):
-    sglang_entry.register()
-    assert caplog.text == ""
-
-
-def test_sglang_starts_whatever_goes_wrong(site, monkeypatch, caplog):
-    install(site, "sglang", "0.5.21")
-    monkeypatch.setattr(support, "decide", None)
-    sglang_entry.register()
-    assert "SGLang runs as published" in caplog.text
-
-
-def test_no_platform_is_offered_to_sglang():
-    assert sglang_entry.activate() is None
