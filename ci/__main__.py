@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -67,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("lint", help="offline checks of the repository's own data")
 
     args = parser.parse_args(argv)
-    # A polite kill leaves by the same door as Ctrl-C: servers stopped, nothing half-written.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return errors.run_cli(lambda: _COMMANDS[args.command](args))
 
 

@@ -27,7 +27,8 @@ from dflash_plugin.errors import ReplayError, run_cli
 from . import prompts
 
 _WORKER = Path(__file__).parent / "workers" / "local_pair.py"
-SIDES = ("ours", "public", "generate")
+SIDES = ("ours", "public", "generate", "unpacked")
+"""``unpacked``: ours with the target's and draft's matrices as they are (Transformers)."""
 
 
 class Side:
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=["transformers", "mlx"], default="transformers")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the packages")
     parser.add_argument("--path", action="append", default=[], help="also on its PYTHONPATH")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES[:3]))
     parser.add_argument("--target", help="folder (default: the demo pair)")
     parser.add_argument("--draft", help="folder")
     parser.add_argument("--prompts", action="append", default=[], metavar="FILE[:COUNT]")
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for side in sides:
             side.close()
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "python", "path")}
+    for half in ("target", "draft"):
+        settings[half] = "/".join(Path(settings[half]).parts[-2:])
     document = {
         "settings": {**settings, "prompts": prompts.digest(chosen)},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
@@ -163,27 +166,40 @@ def _shares(
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per side tokens per second (median over rounds), AL and peak memory; ratios to ours.
 
-    A ratio is the median over rounds of ours divided by the other's of the same round.
+    A ratio is the median over rounds of ours divided by the other's of the same round;
+    also by processor seconds (of all threads), which a busy machine changes least.
     """
-    rates: dict[str, list[float]] = {}
-    for number in sorted({run["round"] for run in runs}):
-        for side in dict.fromkeys(run["side"] for run in runs):
-            mine = [r for r in runs if r["round"] == number and r["side"] == side]
-            seconds = sum(r["seconds"] for r in mine)
-            rates.setdefault(side, []).append(sum(len(r["tokens"]) for r in mine) / seconds)
+    rates = _rates(runs, "seconds")
+    cpu = _rates(runs, "cpu_seconds")
     made: dict[str, Any] = {}
     for side, values in rates.items():
         mine = [r for r in runs if r["side"] == side]
         als = [r["al"] for r in mine if r["al"] is not None]
         made[side] = {
             "tokens_per_second": statistics.median(values),
+            "tokens_per_cpu_second": statistics.median(cpu[side]),
             "mean_al": statistics.fmean(als) if als else None,
             "peak_mb": max(r["peak_mb"] for r in mine),
         }
         if side != "ours":
-            ratios = [a / b for a, b in zip(rates["ours"], values, strict=True)]
-            made[side]["ours_is_faster"] = statistics.median(ratios)
+            made[side]["ours_is_faster"] = _median_ratio(rates["ours"], values)
+            made[side]["ours_is_faster_in_cpu_time"] = _median_ratio(cpu["ours"], cpu[side])
     return made
+
+
+def _rates(runs: Sequence[Mapping[str, Any]], clock: str) -> dict[str, list[float]]:
+    """Tokens per second by ``clock``, of each side in each round."""
+    made: dict[str, list[float]] = {}
+    for number in sorted({run["round"] for run in runs}):
+        for side in dict.fromkeys(run["side"] for run in runs):
+            mine = [r for r in runs if r["round"] == number and r["side"] == side]
+            seconds = sum(r[clock] for r in mine)
+            made.setdefault(side, []).append(sum(len(r["tokens"]) for r in mine) / seconds)
+    return made
+
+
+def _median_ratio(ours: Sequence[float], other: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, other, strict=True))
 
 
 if __name__ == "__main__":

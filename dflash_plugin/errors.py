@@ -7,8 +7,10 @@ A message names the file, cell or field, what was expected and what was found;
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -236,7 +238,12 @@ def from_os_error(err: OSError, what: str) -> CacheError:
 
 
 def run_cli(main: Callable[[], int]) -> int:
-    """Call ``main``; print errors the one way every command line here does."""
+    """Call ``main``; print errors the one way every command line here does.
+
+    A polite kill leaves by the same door as Ctrl-C: servers stopped, nothing half-written.
+    """
+    with contextlib.suppress(ValueError):  # not the main thread, which gets no signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main()
         sys.stdout.flush()  # here, where a reader that is gone can still be handled

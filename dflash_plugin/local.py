@@ -31,8 +31,9 @@ def load(
         draft: folder, hub id or loaded draft; None looks the target up in the matrix.
         backend: ``transformers``, ``mlx``, or ``auto``: MLX on a Mac that has it.
         preflight: check configs and tensor names of a pair given by name before loading it.
-        **options: of the back-end: ``dtype``, ``device``, ``tokenizer`` and ``from_pretrained``'s
-            for Transformers; ``dtype``, ``draft_bits``, ``tokenizer`` for MLX.
+        **options: of the back-end: ``dtype``, ``device``, ``tokenizer``, ``pack`` and
+            ``from_pretrained``'s for Transformers; ``dtype``, ``draft_bits``, ``tokenizer``
+            for MLX.
 
     Raises:
         UsageError: no such back-end, or an argument does not fit.

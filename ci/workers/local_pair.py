@@ -59,14 +59,20 @@ def main() -> None:
             shares.clear()
 
 
-def _ours(args: argparse.Namespace) -> tuple[Any, Generate]:
+def _unpacked(args: argparse.Namespace) -> tuple[Any, Generate]:
+    return _ours(args, pack=False)
+
+
+def _ours(args: argparse.Namespace, **options: Any) -> tuple[Any, Generate]:
     if args.backend == "transformers":
         import torch
 
         torch.set_num_threads(args.threads)
     import dflash_plugin
 
-    pair = dflash_plugin.load(args.target, args.draft, backend=args.backend, dtype=args.dtype)
+    pair = dflash_plugin.load(
+        args.target, args.draft, backend=args.backend, dtype=args.dtype, **options
+    )
 
     def run(ids: list[int], count: int) -> tuple[list[int], float | None]:
         result = pair.generate(ids, max_tokens=count)
@@ -170,6 +176,7 @@ def _mlx_public(args: argparse.Namespace) -> tuple[Any, Generate]:
 
 _SIDES = {
     ("transformers", "ours"): _ours,
+    ("transformers", "unpacked"): _unpacked,
     ("transformers", "generate"): _own_generate,
     ("transformers", "public"): _public,
     ("mlx", "ours"): _ours,

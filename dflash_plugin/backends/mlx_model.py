@@ -128,13 +128,13 @@ class _State:
                 self.context.length += len(part)
             # Evaluated chunk by chunk, or the graph of all of them would be held.
             mx.eval(self.cache.arrays(), self.context.arrays() if self.context else [])
-        last = sampler.processed(logits[0, -1:], row.prompt, 0)
+        last = sampler.processed(logits[0, -1:], lambda: row.prompt, 0)
         return row.take([sampler.choose(last[0])])
 
     def plain(self, row: Row, sampler: Sampler) -> Step:
         """One token, without a draft."""
         logits, _taps, _calls = self.target.forward(self.cache, [row.last])
-        last = sampler.processed(logits[0], [*row.prompt, *row.tokens], 0)
+        last = sampler.processed(logits[0], lambda: [*row.prompt, *row.tokens], 0)
         return row.take([sampler.choose(last[-1])])
 
     def step(self, row: Row, sampler: Sampler, k: int) -> Step:
@@ -145,10 +145,14 @@ class _State:
             context, row.last, k, target.embed, target.head, model_type=target.name
         )
         chosen, drawn_from = sampler.draft(offered)
+        mx.async_eval(chosen)  # drafts while the graph of the verify is built
+        block = mx.concatenate([mx.array([row.last], dtype=chosen.dtype), chosen])
+        logits, taps, calls = target.forward(self.cache, block)
+        scores = sampler.processed(
+            logits[0], lambda: [*row.prompt, *row.tokens, *chosen.tolist()], k
+        )
+        accepted, own = sampler.verify(chosen, drawn_from, scores)
         drafted: list[int] = chosen.tolist()
-        logits, taps, calls = target.forward(self.cache, [row.last, *drafted])
-        scores = sampler.processed(logits[0], [*row.prompt, *row.tokens, *drafted], k)
-        accepted, own = sampler.verify(drafted, drawn_from, scores)
         self.cache.rewind(k + 1, accepted + 1, calls)
         draft.append(context, taps[:, : accepted + 1])
         context.length += accepted + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -35,7 +35,7 @@ class Sampler:
         probabilities = self.probabilities(logits)
         return self._draw(probabilities), probabilities
 
-    def verify(self, drafted: Sequence[int], drawn_from: Any, logits: mx.array) -> tuple[int, int]:
+    def verify(self, drafted: mx.array, drawn_from: Any, logits: mx.array) -> tuple[int, int]:
         """How many drafted tokens stay, and the token that follows them.
 
         Args:
@@ -43,11 +43,13 @@ class Sampler:
             logits: of the target, [k + 1, vocab]; row i is for the token at draft place i.
         """
         if drawn_from is None:
-            chosen: list[int] = mx.argmax(logits, axis=-1).tolist()
-            accepted = _prefix([a == b for a, b in zip(drafted, chosen, strict=False)])
+            best = mx.argmax(logits, axis=-1)
+            mx.eval(best, drafted)
+            chosen: list[int] = best.tolist()
+            accepted = _prefix([a == b for a, b in zip(drafted.tolist(), chosen, strict=False)])
             return accepted, chosen[accepted]
         p, q = self.probabilities(logits), drawn_from
-        places, tokens = mx.arange(len(drafted)), mx.array(list(drafted))
+        places, tokens = mx.arange(len(drafted)), drafted
         uniform = mx.random.uniform(shape=(len(drafted),), key=self._next())
         stays: list[bool] = (uniform * q[places, tokens] < p[places, tokens]).tolist()
         accepted = _prefix(stays)
@@ -79,15 +81,18 @@ class Sampler:
             probabilities = probabilities / probabilities.sum(axis=-1, keepdims=True)
         return probabilities
 
-    def processed(self, logits: mx.array, text: Sequence[int], drafted: int) -> mx.array:
+    def processed(
+        self, logits: mx.array, known: Callable[[], Sequence[int]], drafted: int
+    ) -> mx.array:
         """Apply the logits processors to [drafted + 1, vocab].
 
         Args:
-            text: known tokens and then the drafted ones.
+            known: gives the known tokens and then the drafted ones, which waits for them.
             drafted: how many of them are.
         """
         if not self._options.logits_processors:
             return logits
+        text = known()
         ids, rows = mx.array(list(text)), []
         for place in range(drafted + 1):
             scores = logits[place][None]

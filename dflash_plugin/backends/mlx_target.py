@@ -98,7 +98,7 @@ class Target:
         return TargetCache(self.model)
 
     def forward(
-        self, cache: TargetCache, tokens: Sequence[int]
+        self, cache: TargetCache, tokens: Sequence[int] | mx.array
     ) -> tuple[mx.array, Any, dict[int, tuple[Any, Any]]]:
         """Append ``tokens``.
 
@@ -109,7 +109,8 @@ class Target:
         outputs: dict[int, Any] = {}
         calls: dict[int, tuple[Any, Any]] = {}
         with self._watch(outputs, calls):
-            logits = self.model(mx.array([list(tokens)]), cache=cache.layers)
+            ids = tokens if isinstance(tokens, mx.array) else mx.array(list(tokens))
+            logits = self.model(ids[None], cache=cache.layers)
         cache.length += len(tokens)
         taps = mx.concatenate([outputs[tap] for tap in self.taps], axis=-1) if self.taps else None
         return logits, taps, calls

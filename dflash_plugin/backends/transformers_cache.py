@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from ..errors import PairMismatchError
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-_GROWTH = 256  # positions a buffer grows by at least
+_GROWTH = 64  # positions a buffer grows by at least
 
 
 class Places:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import (
     embedding,
     gelu,
-    linear,
     rms_norm,
     scaled_dot_product_attention,
     silu,
@@ -73,8 +72,14 @@ class DFlashDraftModel(nn.Module):
         self.config = config
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.target_layer_ids = list(config.target_layer_ids)
-        for name, weight in _joined(config, weights).items():
-            self.register_buffer(name.replace(".", "__"), weight)
+        self._linears = nn.ModuleDict()
+        joined = _joined(config, weights)
+        for name, weight in joined.items():
+            if weight.ndim == 2:
+                bias = joined.get(name.replace(".weight", ".bias"))
+                self._linears[_key(name)] = _linear(weight, bias)
+            elif not name.endswith(".bias"):
+                self.register_buffer(_key(name), weight)
         inverse, self._rope_factor = draft_math.frequencies(config)
         self._inverse = torch.tensor(inverse, dtype=torch.float64)
 
@@ -118,18 +123,20 @@ class DFlashDraftModel(nn.Module):
                         f"{path}: {name} is {tensor.dtype}, expected 16, 32 or 64 bit floats",
                         hint="use the published, not quantised, draft",
                     )
-                weights[name] = tensor.to(wanted) if wanted not in (None, "auto") else tensor
+                kept = tensor.to(wanted) if wanted not in (None, "auto") else tensor
+                # Small ones are copied: as views they would keep the whole file in memory.
+                weights[name] = kept if kept.ndim == 2 else kept.clone()
         return cls(config, weights)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
-        return self._weight("fc").dtype
+        return self._weight("norm").dtype
 
     @property
     def device(self) -> torch.device:
         """Of the weights."""
-        return self._weight("fc").device
+        return self._weight("norm").device
 
     def new_cache(self, rows: int = 1) -> DraftCache:
         """Empty contexts."""
@@ -163,16 +170,10 @@ class DFlashDraftModel(nn.Module):
         """
         starts = [cache.lengths[row] for row in rows]
         cache.places.begin(rows[0], starts, taps.shape[1], self.device)
-        features = self._norm(linear(taps, self._weight("fc")), "hidden_norm")
+        features = self._norm(self._linear("fc", taps), "hidden_norm")
         rotary = self._rotation(cache.places.host)
-        queries = self.config.num_heads * self.config.head_dim
         for i, buffer in enumerate(cache.buffers):
-            name = f"layers.{i}.self_attn.qkv_proj"
-            bias = self._bias(name)
-            joined = linear(
-                features, self._weight(name)[queries:], None if bias is None else bias[queries:]
-            )
-            buffer.update(*self._keys_values(i, joined, rotary))
+            buffer.update(*self._keys_values(i, features, rotary))
 
     def logits(
         self,
@@ -269,24 +270,21 @@ class DFlashDraftModel(nn.Module):
         config = self.config
         name = f"layers.{i}.self_attn"
         x = self._norm(x, f"layers.{i}.input_layernorm")
-        joined = linear(x, self._weight(name + ".qkv_proj"), self._bias(name + ".qkv_proj"))
-        size = config.num_heads * config.head_dim
-        queries = joined[..., :size].unflatten(-1, (config.num_heads, config.head_dim))
+        queries = self._linear(name + ".q_proj", x)
+        queries = queries.unflatten(-1, (config.num_heads, config.head_dim))
         queries = _rotate(self._norm(queries, name + ".q_norm").transpose(1, 2), *rotary)
-        keys, values = buffer.update(*self._keys_values(i, joined[..., size:], rotary))
+        keys, values = buffer.update(*self._keys_values(i, x, rotary))
         group = config.num_heads // config.num_kv_heads
         if group > 1:
             keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
         mixed = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-        return linear(
-            mixed.transpose(1, 2).flatten(2), self._weight(name + ".o_proj"),
-            self._bias(name + ".o_proj"),
-        )  # fmt: skip
+        return self._linear(name + ".o_proj", mixed.transpose(1, 2).flatten(2))
 
     def _keys_values(
-        self, i: int, joined: Tensor, rotary: tuple[Tensor, Tensor]
+        self, i: int, x: Tensor, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, kv_heads, n, head_dim] from their projections side by side."""
+        """Keys and values [rows, kv_heads, n, head_dim] of features or of normed block rows."""
+        joined = self._linear(f"layers.{i}.self_attn.kv_proj", x)
         keys, values = joined.unflatten(-1, (2, self.config.num_kv_heads, -1)).unbind(2)
         keys = self._norm(keys, f"layers.{i}.self_attn.k_norm").transpose(1, 2)
         return _rotate(keys, *rotary), values.transpose(1, 2)
@@ -294,16 +292,16 @@ class DFlashDraftModel(nn.Module):
     def _mlp(self, i: int, x: Tensor) -> Tensor:
         name = f"layers.{i}.mlp."
         x = self._norm(x, f"layers.{i}.post_attention_layernorm")
-        gate = _ACTIVATIONS[self.config.hidden_act](linear(x, self._weight(name + "gate_proj")))
-        up = linear(x, self._weight(name + "up_proj"))
-        return linear(gate * up, self._weight(name + "down_proj"))
+        gate, up = self._linear(name + "gate_up_proj", x).chunk(2, dim=-1)
+        return self._linear(name + "down_proj", _ACTIVATIONS[self.config.hidden_act](gate) * up)
 
     def _weight(self, name: str) -> Tensor:
-        weight: Tensor = self._buffers[(name + ".weight").replace(".", "__")]
+        weight: Tensor = self._buffers[_key(name + ".weight")]
         return weight
 
-    def _bias(self, name: str) -> Tensor | None:
-        return self._buffers.get((name + ".bias").replace(".", "__"))
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        made: Tensor = self._linears[_key(name + ".weight")](x)
+        return made
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
         """RMS norm over the last dimension, in float32 or wider."""
@@ -319,14 +317,31 @@ class DFlashDraftModel(nn.Module):
         return turn[0].to(self.device, wide), turn[1].to(self.device, wide)
 
 
+def _key(name: str) -> str:
+    """A tensor's name as torch allows it for an attribute."""
+    return name.replace(".", "__")
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer of this matrix [out, in] and bias, without making another first."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias, requires_grad=False)
+    return made
+
+
 def _joined(config: DraftConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with queries, keys and values of a layer as one matrix."""
+    """The weights with keys and values of a layer as one matrix, gate and up as another."""
     made = dict(weights)
+    parts = [".weight", ".bias"] if config.attention_bias else [".weight"]
     for i in range(config.num_layers):
-        name = f"layers.{i}.self_attn."
-        for part in (".weight", ".bias") if config.attention_bias else (".weight",):
-            three = [made.pop(f"{name}{kind}_proj{part}") for kind in "qkv"]
-            made[f"{name}qkv_proj{part}"] = torch.cat(three)
+        attention, mlp = f"layers.{i}.self_attn.", f"layers.{i}.mlp."
+        for part in parts:
+            two = [made.pop(f"{attention}{kind}_proj{part}") for kind in "kv"]
+            made[f"{attention}kv_proj{part}"] = torch.cat(two)
+        two = [made.pop(f"{mlp}{kind}_proj.weight") for kind in ("gate", "up")]
+        made[f"{mlp}gate_up_proj.weight"] = torch.cat(two)
     return made
 
 

@@ -20,6 +20,7 @@ from .api import Options, Pair, check_block_size
 from .rows import Row, Step
 from .transformers_cache import TargetCache
 from .transformers_draft import DFlashDraftModel, DraftCache
+from .transformers_packing import pack as pack_linears
 from .transformers_sampling import Sampler
 from .transformers_target import Target
 
@@ -218,6 +219,7 @@ def load(
     device: torch.device | str | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
+    pack: bool = True,
     **model_options: Any,
 ) -> Pair:
     """Load or take both halves; see :func:`dflash_plugin.load`.
@@ -225,6 +227,8 @@ def load(
     Args:
         target: a folder, hub id or loaded model.
         draft: a folder, hub id, loaded draft, or None for plain decoding.
+        pack: of what is loaded here, rearrange the matrices for the CPU where that pays;
+            the target is then good for generating only.
         model_options: further arguments of ``from_pretrained``, such as
             ``quantization_config`` or ``attn_implementation``.
     """
@@ -236,6 +240,8 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(target, **options)
         if "device_map" not in options and not getattr(model, "is_quantized", False):
             model = model.to(place)
+        if pack:
+            pack_linears(model)
     else:
         model = target
         if dtype is not None or device is not None:
@@ -246,6 +252,8 @@ def load(
     if isinstance(draft, (str, Path)):
         weight = model.get_input_embeddings().weight
         draft = DFlashDraftModel.from_pretrained(draft, dtype=weight.dtype, device=weight.device)
+        if pack:
+            pack_linears(draft)
     return Pair(TransformersBackend(model, draft, tokenizer))
 
 

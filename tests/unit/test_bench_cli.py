@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 from bench_server import stub
-from ci_fake import Fake, K, fake_fixture, pythons_fixture  # noqa: F401  # fixtures
+from ci_fake import Fake, K, fake_fixture, pythons_fixture, wait_for  # noqa: F401
 
 import dflash_plugin.bench.command
 from dflash_plugin import benchmark, cli, launch
@@ -218,6 +219,18 @@ def test_a_server_that_dies_is_the_engines_exit_code(fake: Fake, serving, tmp_pa
     assert "--resume" in told
     assert (tmp_path / "out" / "report.html").exists()
     assert fake.processes() == []
+
+
+def test_a_killed_benchmark_leaves_no_servers(fake: Fake, serving, tmp_path):
+    fake.faults({"fault": "hang", "after": 2})
+    command = [sys.executable, "-m", "dflash_plugin.benchmark", *map(str, serving)]
+    with subprocess.Popen([*command, "--out", tmp_path / "out"], stderr=subprocess.PIPE) as process:
+        log = tmp_path / "out" / "logs" / "dflash" / "server.log"
+        wait_for(lambda: log.exists() and "serving" in log.read_text(), "the servers")
+        process.terminate()
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 130, told
+    wait_for(lambda: not fake.processes(), "the servers' end")
 
 
 def test_a_sweep_advises_and_serve_takes_it(fake: Fake, serving, tmp_path, capsys, monkeypatch):
