@@ -63,6 +63,7 @@ def run_exact(
         "sequences": sequences,
         "stats": (after - before).to_dict(),
         "blocks": blocks,
+        "taps": _taps(record),
         "max_tokens": max_tokens,
     }
 
@@ -125,6 +126,12 @@ def _divergence(
 
 def _read(record: Path) -> str:
     return record.read_text(encoding="utf-8") if record.exists() else ""
+
+
+def _taps(record: Path) -> Any:
+    """The tapped states that were recorded beside the blocks; None: they were not."""
+    path = record.with_name(record.name + ".taps")
+    return json.loads(_read(path)) if path.exists() else None
 
 
 def _lines(record: Path) -> int:

@@ -13,9 +13,8 @@ import argparse
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,12 @@ from dflash_plugin.matrix import Expected
 from . import environment, judge, prompts, replay, replica_specs, replicas
 from .environment import Environment
 from .local_bench import Side
-from .records import FAILED, NOT_RUN, PASSED, Verdict, load_json, overall, save_json
+from .records import FAILED, NOT_RUN, Verdict, load_json, overall, save_json
 from .replicas import Replica
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "local"
 BACKENDS = ("reference", "transformers", "mlx")
-TAP_TOLERANCE = 1e-3
-"""Of a hidden state's root mean square; two layers' outputs are hundreds of times apart."""
 PREFIX = "replica-prefix"
 """The kind of the texts that begin as the one before them did."""
 _WORKER = ROOT / "ci" / "workers" / "local_replica.py"
@@ -140,24 +137,21 @@ def run_replica(
     wanted = texts(count)
     runs: dict[str, tuple[dict[str, Any], Verdict, Mapping[str, str]]] = {}
     found: dict[str, LocalResult] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="dflash-local-") as folder,
-        started(replica, "torch", reference.python) as torch,
-    ):
-        hidden = str(Path(folder) / "hidden.safetensors")
+    with ExitStack() as stack:
+        torch = stack.enter_context(started(replica, "torch", reference.python))
         if error := torch.ask(op="load", backend="reference")["error"]:
             raise ReplayError(f"{replica.id}: the reference does not load it: {error}")
-        torch.ask(op="hidden", ids=wanted[-1].ids, path=hidden)
         plain = plain_texts(torch, wanted, max_tokens)
         for backend in backends:
-            own = nullcontext(torch) if backend != "mlx" else started(replica, "mlx", mlx_python)
-            with own as side:
-                if error := side.ask(op="load", backend=backend)["error"]:
-                    found[backend] = LocalResult.not_run(replica.id, error, side.versions)
-                    continue
-                taps = judge_taps(side.ask(op="taps", ids=wanted[-1].ids, path=hidden)["taps"])
-                base = plain if side is torch else plain_texts(side, wanted, max_tokens)
-                runs[backend] = generate(side, wanted, base, max_tokens), taps, side.versions
+            side = torch
+            if backend == "mlx":
+                side = stack.enter_context(started(replica, "mlx", mlx_python))
+            if error := side.ask(op="load", backend=backend)["error"]:
+                found[backend] = LocalResult.not_run(replica.id, error, side.versions)
+                continue
+            base = plain if side is torch else plain_texts(side, wanted, max_tokens)
+            exact = generate(side, wanted, base, max_tokens)
+            runs[backend] = exact, compared_taps(side, torch, wanted[-1].ids), side.versions
     replayed = replay_all(reference, replica, [exact for exact, *_ in runs.values()])
     for (backend, (exact, taps, versions)), document in zip(runs.items(), replayed, strict=True):
         known = expected(replica.id, count)
@@ -167,7 +161,7 @@ def run_replica(
             "taps": taps,
         }
         found[backend] = LocalResult.of(replica.id, verdicts, versions)
-    return found
+    return {backend: found[backend] for backend in backends}
 
 
 @contextmanager
@@ -291,18 +285,10 @@ def _text(sequence: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]
     return tuple(sequence["prompt"]), tuple(sequence["generated"])
 
 
-def judge_taps(found: Sequence[Mapping[str, Any]]) -> Verdict:
-    """Every tap is the output of its layer, and of no other's."""
-    wrong = [
-        f"tap {row['tap']} is {row['distance']:.2g} from the output of layer {row['tap']}, and "
-        f"nearest to layer {row['nearest']}'s"
-        for row in found
-        if row["distance"] > TAP_TOLERANCE or row["nearest"] != row["tap"]
-    ]
-    evidence = {"taps": list(found)}
-    if not found:
-        return Verdict(NOT_RUN, "no tap was compared", evidence)
-    return Verdict(FAILED if wrong else PASSED, "; ".join(wrong), evidence)
+def compared_taps(side: Side, torch: Side, ids: Sequence[int]) -> Verdict:
+    """A side's tapped states of a prompt, held by the side with torch against Transformers'."""
+    values = side.ask(op="taps", ids=ids)["values"]
+    return judge.judge_taps(torch.ask(op="compare", ids=ids, values=values)["taps"])
 
 
 def expected(name: str, count: int) -> tuple[Expected, ...]:

@@ -8,16 +8,13 @@ no check sees is an error, and so is a check that fails without one.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from dflash_plugin.errors import VerdictFailedError
 
 from . import environment, judge, local_runs, replica_specs, replicas
-from .local_bench import Side
 from .records import FAILED, PASSED, Verdict, load_json, save_json
 from .replicas import Replica
 
@@ -88,18 +85,13 @@ def of_replica(
     reference = environment.ensure_reference()
     wanted = local_runs.texts(count)
     runs: dict[str, tuple[dict[str, Any], Verdict]] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="dflash-mutate-") as folder,
-        local_runs.started(replica, "torch", reference.python) as side,
-    ):
+    with local_runs.started(replica, "torch", reference.python) as side:
         if error := side.ask(op="load", backend="transformers")["error"]:
             raise VerdictFailedError(f"{replica.id}: {error}")
-        hidden = str(Path(folder) / "hidden.safetensors")
-        side.ask(op="hidden", ids=wanted[-1].ids, path=hidden)
         plain = local_runs.plain_texts(side, wanted, max_tokens)
         for name in (NONE, *faults):
             if side.ask(op="fault", name=None if name == NONE else name)["applies"]:
-                taps = _taps(side, wanted[-1].ids, hidden)
+                taps = local_runs.compared_taps(side, side, wanted[-1].ids)
                 runs[name] = local_runs.generate(side, wanted, plain, max_tokens), taps
     replayed = local_runs.replay_all(reference, replica, [exact for exact, _ in runs.values()])
     found = {
@@ -107,10 +99,6 @@ def of_replica(
         for (name, (exact, taps)), document in zip(runs.items(), replayed, strict=True)
     }
     return [found.get(n, Mutation(replica.id, n, None, None)) for n in (NONE, *faults)]
-
-
-def _taps(side: Side, ids: Sequence[int], hidden: str) -> Verdict:
-    return local_runs.judge_taps(side.ask(op="taps", ids=ids, path=hidden)["taps"])
 
 
 def _caught(

@@ -239,6 +239,12 @@ def _details(result: CellResult) -> list[str]:
             f"{blocks['missing']} missing); AL {_number(evidence['al'], 3)} against "
             f"{_number(evidence['al_reference'], 3)}; by kind, from streamed steps: {kinds}"
         )
+        if taps := evidence.get("taps"):
+            farthest = max(row["distance"] for row in taps)
+            lines.append(
+                f"taps of the first prompt: {len(taps)} layers, at most {farthest:.1e} of their "
+                "size from the reference's"
+            )
     for level in result.faster.evidence.get("levels", []):
         base, fast = level["base"], level["dflash"]
         lines.append(

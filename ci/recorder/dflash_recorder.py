@@ -5,7 +5,9 @@ engine's path (see ``ci/serve.py``) and found through its entry point. It only
 looks: the proposal it returns is the engine's own object.
 
 One JSON line per request and proposal: ``position`` (absolute index of the last
-known token), ``known`` (its id), ``draft`` (the proposed ids).
+known token), ``known`` (its id), ``draft`` (the proposed ids). Of the first prompt also the
+target's tapped states, in a file of their own beside it (``….taps``): ``ids`` and ``values``
+[token][taps * hidden] of its first tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import functools
 import json
 import os
 from pathlib import Path
+
+TAPPED = 16
+"""Tokens whose tapped states are written."""
 
 
 def register() -> None:
@@ -85,6 +90,8 @@ def wrap(proposer, path):  # type: ignore[no-untyped-def]
             ends = ends - rejected[: metadata.num_reqs].long()
         last = positions[ends].tolist()
         known = kwargs["next_token_ids"].tolist()
+        if not Path(path + ".taps").exists():
+            write_taps(path + ".taps", kwargs)
         result = original(self, *args, **kwargs)
         write(path, [position + 1 for position in last], known, result.tolist())
         return result
@@ -99,3 +106,13 @@ def write(path, positions, known, drafts):  # type: ignore[no-untyped-def]
         for position, token, draft in zip(positions, known, drafts, strict=True):
             line = {"position": position, "known": token, "draft": draft}
             file.write(json.dumps(line) + "\n")
+
+
+def write_taps(path, kwargs):  # type: ignore[no-untyped-def]
+    """Write the tapped states of the first tokens of a prompt that is read alone."""
+    ids, states = kwargs.get("target_token_ids"), kwargs.get("target_hidden_states")
+    positions = kwargs["target_positions"].reshape(-1)[:1].tolist()
+    if ids is None or states is None or positions != [0]:
+        return
+    line = {"ids": ids[:TAPPED].tolist(), "values": states[:TAPPED].double().tolist()}
+    Path(path).write_text(json.dumps(line), encoding="utf-8")

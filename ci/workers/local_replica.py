@@ -3,8 +3,8 @@
 Requests, by ``op``: ``load`` (a back-end, used from now on; an error where it cannot load the
 pair); ``plain`` and ``generate`` (a text
 with the framework's own loop and with DFlash; ``keep``: after the text before it, in one
-prompt cache); ``hidden`` (write Transformers' hidden states of a prompt to a file); ``taps``
-(compare ours with them); ``fault`` (generate with one from now on; null: with none).
+prompt cache); ``taps`` (the tapped states of a prompt); ``compare`` (such states with those of
+Transformers, by the reference); ``fault`` (generate with one from now on; null: with none).
 """
 
 from __future__ import annotations
@@ -48,13 +48,11 @@ class Torch:
         )  # fmt: skip
         return out[0, len(ids) :].tolist()
 
-    def hidden(self, ids, path):
-        from safetensors.torch import save_file
+    def compare(self, ids, values):
+        from dflash_plugin.reference.taps import compare_taps
 
-        given = self.torch.tensor([ids])
-        with self.torch.inference_mode():
-            states = self.model(given, output_hidden_states=True, use_cache=False).hidden_states
-        save_file({str(i): state[0].contiguous() for i, state in enumerate(states)}, path)
+        given = self.torch.tensor(values, dtype=self.torch.float64)
+        return [vars(row) for row in compare_taps(self.target, ids, given)]
 
 
 class Reference(Torch):
@@ -84,7 +82,7 @@ class Reference(Torch):
         return {"tokens": made.token_ids, "steps": steps, "reused": 0}
 
     def taps(self, ids):
-        return list(self.target.taps), self.target.session().forward(ids, rows=1).taps.numpy()
+        return self.target.session().forward(ids, rows=1).taps.tolist()
 
 
 class Local:
@@ -125,7 +123,7 @@ class Transformers(Local, Torch):
         target = self.backend.target
         with self.torch.inference_mode():
             output, _undo = target.forward(target.cache(1), [0], [ids], keep=1)
-        return list(self.backend.draft.target_layer_ids), output.taps[0].numpy()
+        return output.taps[0].tolist()
 
 
 class Mlx(Local):
@@ -146,34 +144,12 @@ class Mlx(Local):
         return tokens
 
     def taps(self, ids):
-        import numpy
-
         target = self.backend.target
         _logits, taps, _calls = target.forward(target.cache(), ids)
-        return list(target.taps), numpy.array(taps[0])
+        return taps[0].tolist()
 
 
-SIDES = {"reference": Reference, "transformers": Transformers, "mlx": Mlx}
-
-
-def compare(taps, values, path):
-    """Per tap its distance from what it should be, and the layer whose output it is nearest to.
-
-    A distance is the largest difference, as a share of the state's root mean square.
-    """
-    import numpy
-    from safetensors.numpy import load_file
-
-    states = load_file(path)
-    found = []
-    for tap, value in zip(taps, numpy.split(values, len(taps), axis=-1), strict=True):
-        distance = {
-            int(i) - 1: float(numpy.abs(value - state).max() / numpy.sqrt((state**2).mean()))
-            for i, state in states.items()
-        }
-        nearest = min(distance, key=distance.get)
-        found.append({"tap": tap, "distance": distance[tap], "nearest": nearest})
-    return found
+SIDES = {"transformers": Transformers, "mlx": Mlx}
 
 
 def main():
@@ -190,12 +166,14 @@ def main():
 
     answer({"versions": versions()})
     side, fault, held = None, None, ExitStack()
+    judge = functools.cache(lambda: Reference(args))
     for line in sys.stdin:
         given = json.loads(line)
         op = given["op"]
         if op == "load":
             try:
-                side, error = SIDES[given["backend"]](args), None
+                side = judge() if given["backend"] == "reference" else SIDES[given["backend"]](args)
+                error = None
             except Exception as err:
                 traceback.print_exc()
                 error = f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"
@@ -204,11 +182,10 @@ def main():
             answer({"tokens": side.plain(given["ids"], given["max_tokens"])})
         elif op == "generate":
             answer(side.generate(given["ids"], given["max_tokens"], given["keep"], fault))
-        elif op == "hidden":
-            side.hidden(given["ids"], given["path"])
-            answer({})
         elif op == "taps":
-            answer({"taps": compare(*side.taps(given["ids"]), given["path"])})
+            answer({"values": side.taps(given["ids"])})
+        elif op == "compare":
+            answer({"taps": judge().compare(given["ids"], given["values"])})
         elif op == "fault":
             from ci.workers.faults import FAULTS
 

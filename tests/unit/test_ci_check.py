@@ -231,6 +231,37 @@ def test_every_token_of_a_block_must_be_excused() -> None:
     assert verdict.evidence["blocks"]["exceptions"][0]["gap"] == 1.0
 
 
+def _tapped(shift: float = 0.0, ids: tuple[int, ...] = (1, 2)) -> tuple[dict, dict]:
+    exact, replayed = _exact(), _replayed()
+    exact["sequences"][0]["prompt"] = [1, 2, 3]
+    # Two layers of two channels, two tokens.
+    exact["taps"] = {"ids": list(ids), "values": [[1.0, -1.0, 2.0, 2.0 + shift]] * 2}
+    replayed["taps"] = {"layers": [1, 5], "values": [[1.0, -1.0, 2.0, 2.0]] * 3}
+    return exact, replayed
+
+
+def test_recorded_taps_that_are_the_references() -> None:
+    verdict = judge.judge_faithful(*_tapped(1e-5))
+    assert verdict.status == "passed"
+    assert [row["tap"] for row in verdict.evidence["taps"]] == [1, 5]
+    assert verdict.evidence["taps"][1]["distance"] == pytest.approx(5e-6)
+
+
+@pytest.mark.parametrize("change", [{"shift": 0.5}, {"ids": (1, 3)}, {"shift": float("nan")}])
+def test_recorded_taps_of_another_layer_or_text_fail(change: dict[str, Any]) -> None:
+    """Every block and AL as they should be: the taps alone show it."""
+    verdict = judge.judge_faithful(*_tapped(**change))
+    assert verdict.status == "failed"
+    assert "away from the output of layer 5" in verdict.reason
+
+
+def test_no_recorded_taps_are_no_finding() -> None:
+    exact, replayed = _tapped()
+    exact["taps"] = None
+    verdict = judge.judge_faithful(exact, replayed)
+    assert (verdict.status, verdict.evidence["taps"]) == ("passed", [])
+
+
 def test_no_recorded_block_is_not_run() -> None:
     exact = _exact()
     exact["blocks"] = []

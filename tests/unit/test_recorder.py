@@ -189,3 +189,25 @@ def test_before_there_is_a_proposer_of_the_engines_own(
     assert Own().propose(**_arguments([0, 1], [0, 2], [70])).tolist() == BLOCK[:1]
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert row == {"position": 2, "known": 70, "draft": BLOCK[0]}
+
+
+def test_the_first_prompts_taps_are_written_once(recorder: ModuleType, tmp_path: Path) -> None:
+    path, taps = tmp_path / "blocks.jsonl", tmp_path / "blocks.jsonl.taps"
+    kind = _proposer()
+    recorder.wrap(kind, str(path))
+
+    def propose(first: int, value: float) -> None:
+        count = recorder.TAPPED + 4
+        given = _arguments([*range(first, first + count)], [0, count], [7])
+        given["target_token_ids"] = torch.arange(count)
+        given["target_hidden_states"] = torch.full((count, 6), value)
+        kind().propose(**given)
+
+    propose(3, 1.0)  # not the beginning of a text
+    assert not taps.exists()
+    propose(0, 2.0)
+    propose(0, 3.0)
+    written = json.loads(taps.read_text())
+    assert written["ids"] == list(range(recorder.TAPPED))
+    assert written["values"] == [[2.0] * 6] * recorder.TAPPED
+    assert len(path.read_text().splitlines()) == 3
