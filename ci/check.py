@@ -63,7 +63,7 @@ def run_exact(
         "sequences": sequences,
         "stats": (after - before).to_dict(),
         "blocks": blocks,
-        "taps": _taps(record),
+        "taps": _taps(record, sequences[0]["prompt"]) if sequences else None,
         "max_tokens": max_tokens,
     }
 
@@ -128,10 +128,11 @@ def _read(record: Path) -> str:
     return record.read_text(encoding="utf-8") if record.exists() else ""
 
 
-def _taps(record: Path) -> Any:
-    """The tapped states that were recorded beside the blocks; None: they were not."""
-    path = record.with_name(record.name + ".taps")
-    return json.loads(_read(path)) if path.exists() else None
+def _taps(record: Path, prompt: Sequence[int]) -> Any:
+    """The tapped states that were recorded of this prompt; None: there are none."""
+    lines = _read(record.with_name(record.name + ".taps")).splitlines()
+    found = (json.loads(line) for line in lines)
+    return next((row for row in found if row["ids"] == list(prompt[: len(row["ids"])])), None)
 
 
 def _lines(record: Path) -> int:

@@ -191,23 +191,26 @@ def test_before_there_is_a_proposer_of_the_engines_own(
     assert row == {"position": 2, "known": 70, "draft": BLOCK[0]}
 
 
-def test_the_first_prompts_taps_are_written_once(recorder: ModuleType, tmp_path: Path) -> None:
+def test_the_first_prompts_taps_are_written(recorder: ModuleType, tmp_path: Path) -> None:
     path, taps = tmp_path / "blocks.jsonl", tmp_path / "blocks.jsonl.taps"
     kind = _proposer()
     recorder.wrap(kind, str(path))
+    proposer = kind()
 
-    def propose(first: int, value: float) -> None:
+    def propose(first: int, value: float, **more: Any) -> None:
         count = recorder.TAPPED + 4
         given = _arguments([*range(first, first + count)], [0, count], [7])
         given["target_token_ids"] = torch.arange(count)
         given["target_hidden_states"] = torch.full((count, 6), value)
-        kind().propose(**given)
+        proposer.propose(**{**given, **more})
 
     propose(3, 1.0)  # not the beginning of a text
+    propose(0, 1.0, target_hidden_states=None)
     assert not taps.exists()
-    propose(0, 2.0)
-    propose(0, 3.0)
-    written = json.loads(taps.read_text())
-    assert written["ids"] == list(range(recorder.TAPPED))
-    assert written["values"] == [[2.0] * 6] * recorder.TAPPED
-    assert len(path.read_text().splitlines()) == 3
+    for value in range(5):
+        propose(0, float(value))
+    written = [json.loads(line) for line in taps.read_text().splitlines()]
+    assert [row["values"][0][0] for row in written] == [0.0, 1.0, 2.0]
+    assert written[0]["ids"] == list(range(recorder.TAPPED))
+    assert written[2]["values"] == [[2.0] * 6] * recorder.TAPPED
+    assert len(path.read_text().splitlines()) == 7
