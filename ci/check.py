@@ -35,7 +35,7 @@ def run_exact(
     The servers are expected to run in float32. ``base``: a server without a draft, or its
     answers' token ids by prompt, where they are known.
     """
-    sequences = []
+    sequences: list[dict[str, Any]] = []
     before = dflash.acceptance(num_speculative_tokens)
     for prompt in tqdm(prompts, desc="check float32", unit="prompt", disable=None):
         ids = dflash.chat_prompt(prompt.text)
