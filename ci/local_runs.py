@@ -30,6 +30,7 @@ from . import environment, judge, prompts, replay, replica_specs, replicas
 from .environment import Environment
 from .local_bench import Side
 from .records import FAILED, NOT_RUN, Verdict, load_json, overall, save_json
+from .replica_builder import tokenizer
 from .replicas import Replica
 
 ROOT = Path(__file__).parents[1]
@@ -187,9 +188,6 @@ def started(replica: Replica, name: str, python: Path) -> Iterator[Side]:
 
 def texts(count: int) -> list[Text]:
     """``count`` of the replicas' prompts, and some whose beginning a prompt cache holds."""
-    # Imported here: the tokenizer is the builder's, and plain Python.
-    from .replica_builder import tokenizer
-
     every = [Text(p.id, p.kind, tuple(tokenizer.chat(p.text))) for p in prompts.of_replicas()]
     chosen = {p.id for p in prompts.spread(prompts.of_replicas(), count)}
     first, other = (next(t for t in every if len(t.ids) >= n) for n in (100, 161))

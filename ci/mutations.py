@@ -188,7 +188,7 @@ def page() -> list[str]:
     if missing:
         lines += ["", f"Not run: {', '.join(f'`{name}`' for name in missing)}."]
     survivors = [row for row in rows.values() if not right(row)]
-    lines += ["", f"{len(survivors) or 'None'} survives."]
+    lines += ["", f"Of those recorded {len(survivors) or 'none'} survives."]
     return [
         *lines,
         "",
