@@ -197,6 +197,8 @@ def texts(count: int) -> list[Text]:
         ids = (*first.ids[:shared], *other.ids[shared:])
         found.append(Text(f"prefix-{shared}", PREFIX, ids, keep=True))
         found.append(Text(f"prefix-{shared}-back", PREFIX, first.ids, keep=True))
+    # Another request after the same text: what is asked for is in the block that is shared in part.
+    found.append(Text("prefix-request", PREFIX, (*first.ids[:-24], *other.ids[-24:]), keep=True))
     # All that the text before left behind, answer included: what a recurrent state can go on from.
     found.append(Text("prefix-whole", PREFIX, other.ids[-24:], keep=True))
     return found

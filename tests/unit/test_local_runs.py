@@ -124,6 +124,9 @@ def test_texts_share_prefixes_at_a_block_and_in_the_middle_of_one():
         assert (shared % 16 == 0) == whole_blocks
         assert text.ids[:shared] == first[:shared]
         assert text.ids[shared] != first[shared]
+    request = found["prefix-request"].ids
+    assert request[: len(first) - 24] == first[:-24]
+    assert request != first
     assert len([t for t in found.values() if t.kind != local_runs.PREFIX]) == 4
 
 
