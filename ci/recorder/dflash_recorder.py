@@ -107,10 +107,6 @@ def write(path, positions, known, drafts):  # type: ignore[no-untyped-def]
             file.write(json.dumps(line) + "\n")
 
 
-def write_taps(path, kwargs):  # type: ignore[no-untyped-def]
-    """Write the tapped states of the first tokens of a prompt that is read alone."""
-
-
 def write_taps(proposer, path, kwargs):  # type: ignore[no-untyped-def]
     """Write the tapped states of the first tokens of a prompt that is read from its beginning."""
     written = getattr(proposer, "prompts_with_taps", 0)
