@@ -19,7 +19,9 @@ from . import (
     environment_cli,
     images,
     lint,
+    local_runs,
     lock,
+    mutations,
     patches,
     pipeline,
     plan,
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment_cli.add_arguments(commands.add_parser("env", help="build engine environments"))
     lock.add_arguments(commands.add_parser("lock", help="write or check the lock files"))
     replicas.add_arguments(commands.add_parser("replicas", help="build the tiny pairs"))
+    local_runs.add_arguments(commands.add_parser("local", help="replicas on the local back-ends"))
+    mutations.add_arguments(commands.add_parser("mutate", help="which check sees which mistake"))
     run = commands.add_parser("run", help="every stage of the chosen cells")
     _run_arguments(run)
     run.add_argument("--save", action="store_true", help="keep the results in docs/results/")
@@ -243,6 +247,8 @@ _COMMANDS = {
     "env": environment_cli.run,
     "lock": lock.run,
     "replicas": replicas.run,
+    "local": local_runs.run,
+    "mutate": mutations.run,
     "run": _run,
     CHECK: _run,
     MEASURE: _run,

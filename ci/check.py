@@ -35,7 +35,7 @@ def run_exact(
     The servers are expected to run in float32. ``base``: a server without a draft, or its
     answers' token ids by prompt, where they are known.
     """
-    sequences = []
+    sequences: list[dict[str, Any]] = []
     before = dflash.acceptance(num_speculative_tokens)
     for prompt in tqdm(prompts, desc="check float32", unit="prompt", disable=None):
         ids = dflash.chat_prompt(prompt.text)
@@ -63,6 +63,7 @@ def run_exact(
         "sequences": sequences,
         "stats": (after - before).to_dict(),
         "blocks": blocks,
+        "taps": _taps(record, sequences[0]["prompt"]) if sequences else None,
         "max_tokens": max_tokens,
     }
 
@@ -125,6 +126,13 @@ def _divergence(
 
 def _read(record: Path) -> str:
     return record.read_text(encoding="utf-8") if record.exists() else ""
+
+
+def _taps(record: Path, prompt: Sequence[int]) -> Any:
+    """The tapped states that were recorded of this prompt; None: there are none."""
+    lines = _read(record.with_name(record.name + ".taps")).splitlines()
+    found = (json.loads(line) for line in lines)
+    return next((row for row in found if row["ids"] == list(prompt[: len(row["ids"])])), None)
 
 
 def _lines(record: Path) -> int:

@@ -22,6 +22,13 @@ TIE_GAP = 2.5e-4
 """Two logits closer than this are a tie in float32: ten times the largest change of a
 top-two gap seen between correct float32 and float64 programs on the demo pair (2.5e-5)."""
 
+TAP_TOLERANCE = 1e-3
+"""Distance of a tapped state from what it should be, as a share of its root mean square; the
+outputs of two layers are hundreds of times as far apart."""
+
+OTHER = 1e9
+"""The distance of states that are not finite, or of another shape."""
+
 CONTROL_P = 0.05
 """bfloat16 diverges too often when chance would give its count less often than this."""
 
@@ -128,6 +135,7 @@ def judge_faithful(
                     "ok": measured is not None and measured >= row.al * (1 - row.tolerance),
                 }
             )
+    taps = judge_taps(tap_distances(exact, replayed))
     evidence = {
         "al": al,
         "al_reference": al_reference,
@@ -137,13 +145,14 @@ def judge_faithful(
         "accepted_per_position_reference": replayed["stats"]["accepted_per_position"],
         "al_by_kind": by_kind,
         "blocks": blocks,
+        "taps": taps.evidence["taps"],
         "expected": floors,
     }
     if al is None or al_reference is None:
         return Verdict(NOT_RUN, "no drafts were made", evidence)
     if not blocks["recorded"]:
         return Verdict(NOT_RUN, "no drafted block was recorded", evidence)
-    problems = []
+    problems = [taps.reason] if taps.status == FAILED else []
     if abs(al - al_reference) > AL_TOLERANCE * al_reference:
         problems.append(f"AL is {al:.3f}, the reference's replay gives {al_reference:.3f}")
     wrong = blocks["different"] + blocks["missing"]
@@ -159,6 +168,48 @@ def judge_faithful(
                 "the draft itself is not the one that is known"
             )
     return Verdict(FAILED if problems else PASSED, "; ".join(problems), evidence)
+
+
+def judge_taps(found: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Every tap is the output of its own layer, and nearer to it than to any other's.
+
+    Args:
+        found: :class:`dflash_plugin.reference.taps.TapDistance` of each, as dicts, or without
+            ``nearest``, as :func:`tap_distances` gives them.
+    """
+    wrong = [
+        f"tap {row['tap']} is {row['distance']:.2g} away from the output of layer {row['tap']}"
+        + (f", and nearest to layer {row['nearest']}'s" if "nearest" in row else "")
+        for row in found
+        if not row["distance"] <= TAP_TOLERANCE or row.get("nearest", row["tap"]) != row["tap"]
+    ]
+    evidence = {"taps": list(found)}
+    if not found:
+        return Verdict(NOT_RUN, "no tap was compared", evidence)
+    return Verdict(FAILED if wrong else PASSED, "; ".join(wrong), evidence)
+
+
+def tap_distances(exact: Mapping[str, Any], replayed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How far an engine's recorded taps of the first prompt are from the reference's.
+
+    Empty where none were recorded, by the engine or by the reference.
+    """
+    mine, theirs = exact.get("taps"), replayed.get("taps")
+    if not mine or not theirs:
+        return []
+    found = []
+    for at, tap in enumerate(theirs["layers"]):
+        rows = []
+        for values in (mine["values"], theirs["values"][: len(mine["ids"])]):
+            width = len(values[0]) // len(theirs["layers"])
+            rows.append([x for row in values for x in row[at * width : (at + 1) * width]])
+        ours, expected = rows
+        distance = OTHER
+        if len(ours) == len(expected) and all(map(math.isfinite, ours)):
+            scale = math.sqrt(statistics.fmean(x * x for x in expected))
+            distance = max(abs(a - b) for a, b in zip(ours, expected, strict=True)) / scale
+        found.append({"tap": tap, "distance": distance})
+    return found
 
 
 def compare_blocks(exact: Mapping[str, Any], replayed: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dflash_plugin import known_pairs, traits
 from dflash_plugin.architectures import GIB
 from dflash_plugin.matrix import REPLICA, Matrix, Pair
 
+from . import verdicts_page
+from .records import CellResult
+
 _TOKENS = 8192
 
 
-def lines(matrix: Matrix) -> list[str]:
+def lines(matrix: Matrix, results: Sequence[CellResult]) -> list[str]:
     """The page, line by line."""
     pairs = [row for row in matrix.pairs.values() if row.status != REPLICA]
     shaped = [row for row in pairs if row.target_shape or row.draft_shape]
@@ -25,7 +28,7 @@ def lines(matrix: Matrix) -> list[str]:
         "",
         "Publishers replace drafts in place: a name with a date is the draft as it was then, by",
         "its revision. None of the pairs but the demo was run here in full size: what was run are",
-        "replicas ([replicas.md](replicas.md)), with results in the README.",
+        "replicas ([replicas.md](replicas.md)), with the verdicts below.",
         "",
         "| pair | target | draft | K | vLLM, with the plugin | status |",
         "|---|---|---|---|---|---|",
@@ -34,6 +37,7 @@ def lines(matrix: Matrix) -> list[str]:
         "vLLM's first release is the oldest that `dflash_plugin/support.py` does not refuse for",
         "the pair, by its sources and by runs of replicas. SGLang is not supported yet.",
         "",
+        *verdicts_page.lines(matrix, results),
         "## Memory",
         "",
         "GiB, computed from the shapes: the target as published, the draft in bf16, and the cache",

@@ -336,7 +336,8 @@ def _exact(run: CellRun, chosen: list[prompts.Prompt]) -> dict[str, Any]:
     answers = Shared(run.shared, "base", run.base_facts(chosen, max_tokens))
     plain = answers.read()
     record = run.folder / "blocks.jsonl"
-    record.unlink(missing_ok=True)
+    for old in (record, record.with_name(record.name + ".taps")):
+        old.unlink(missing_ok=True)
     # Without a draft first: an engine that cannot serve the target is not the draft's finding.
     specs = [] if plain is not None else [run.server(False, EXACT_DTYPE)]
     specs.append(run.server(True, EXACT_DTYPE, record=record))

@@ -93,25 +93,41 @@ def load(path: Path = PATH) -> Specs:
         seed=table.take("seed", int), words=table.count("words"), topics=table.count("topics")
     )
     table.finish()
-    targets = unique(path, "target", [_target(row) for row in top.tables("target")])
-    pairs = unique(path, "pair", [_pair(row, targets) for row in top.tables("pair")])
+    configs: dict[str, Mapping[str, Any]] = {}
+    targets = unique(path, "target", [_target(row, configs) for row in top.tables("target")])
+    drafts: dict[str, Mapping[str, Any]] = {}
+    pairs = unique(path, "pair", [_pair(row, targets, drafts) for row in top.tables("pair")])
     top.finish()
     return Specs(path, language, targets, pairs)
 
 
-def _target(table: Table) -> TargetSpec:
+def _target(table: Table, before: dict[str, Mapping[str, Any]]) -> TargetSpec:
+    name = table.identifier("id")
     target = TargetSpec(
-        id=table.identifier("id"),
+        id=name,
         seed=table.take("seed", int),
         steps=table.count("steps"),
         learning_rate=table.number("learning_rate"),
-        config=table.take("config", dict),
+        config=_config(table, name, "config", before),
     )
     table.finish()
     return target
 
 
-def _pair(table: Table, targets: Mapping[str, TargetSpec]) -> PairSpec:
+def _config(
+    table: Table, name: str, key: str, before: dict[str, Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """A row's config: that of the earlier row ``like`` names, with what this one says instead."""
+    own: Mapping[str, Any] = table.take(key, dict)
+    if "like" in table.raw:
+        own = {**table.reference("like", table.take("like", str), before), **own}
+    before[name] = own
+    return own
+
+
+def _pair(
+    table: Table, targets: Mapping[str, TargetSpec], before: dict[str, Mapping[str, Any]]
+) -> PairSpec:
     name = table.identifier("id")
     pair = PairSpec(
         id=name,
@@ -119,7 +135,7 @@ def _pair(table: Table, targets: Mapping[str, TargetSpec]) -> PairSpec:
         seed=table.take("seed", int),
         steps=table.count("steps"),
         learning_rate=table.number("learning_rate"),
-        draft=table.take("draft", dict),
+        draft=_config(table, name, "draft", before),
     )
     table.finish()
     try:

@@ -11,7 +11,7 @@ from dflash_plugin.cache import atomic_write_text, make_dir
 from dflash_plugin.errors import UsageError
 from dflash_plugin.matrix import SERVES, Known, Matrix
 
-from . import pairs_page
+from . import mutations, pairs_page
 from . import summary as releases
 from .records import FAILED, NOT_RUN, PASSED, CellResult, Verdict, load_json, result_path, save_json
 
@@ -197,7 +197,8 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
         path: f"{head}{BEGIN}\n\n{block}\n{END}{tail}",
         root / "README.md": "\n".join(detail) + "\n",
         root.parent / "vllm-repairs.md": "\n".join(releases.differences()),
-        root.parent / "pairs.md": "\n".join(pairs_page.lines(matrix)) + "\n",
+        root.parent / "mutations.md": "\n".join(mutations.page()) + "\n",
+        root.parent / "pairs.md": "\n".join(pairs_page.lines(matrix, results)) + "\n",
     }
     fresh = True
     for file, content in wanted.items():
@@ -238,6 +239,12 @@ def _details(result: CellResult) -> list[str]:
             f"{blocks['missing']} missing); AL {_number(evidence['al'], 3)} against "
             f"{_number(evidence['al_reference'], 3)}; by kind, from streamed steps: {kinds}"
         )
+        if taps := evidence.get("taps"):
+            farthest = max(row["distance"] for row in taps)
+            lines.append(
+                f"taps of the first prompt: {len(taps)} layers, at most {farthest:.1e} of their "
+                "size from the reference's"
+            )
     for level in result.faster.evidence.get("levels", []):
         base, fast = level["base"], level["dflash"]
         lines.append(

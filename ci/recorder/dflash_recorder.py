@@ -5,7 +5,9 @@ engine's path (see ``ci/serve.py``) and found through its entry point. It only
 looks: the proposal it returns is the engine's own object.
 
 One JSON line per request and proposal: ``position`` (absolute index of the last
-known token), ``known`` (its id), ``draft`` (the proposed ids).
+known token), ``known`` (its id), ``draft`` (the proposed ids). Of the first prompts also the
+target's tapped states, in a file of their own beside it (``….taps``), a line each: ``ids`` and
+``values`` [token][taps * hidden] of its first tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ import functools
 import json
 import os
 from pathlib import Path
+
+TAPPED, PROMPTS = 16, 3
+"""Tokens whose tapped states are written, and of how many prompts."""
 
 
 def register() -> None:
@@ -85,6 +90,7 @@ def wrap(proposer, path):  # type: ignore[no-untyped-def]
             ends = ends - rejected[: metadata.num_reqs].long()
         last = positions[ends].tolist()
         known = kwargs["next_token_ids"].tolist()
+        write_taps(self, path + ".taps", kwargs)
         result = original(self, *args, **kwargs)
         write(path, [position + 1 for position in last], known, result.tolist())
         return result
@@ -99,3 +105,17 @@ def write(path, positions, known, drafts):  # type: ignore[no-untyped-def]
         for position, token, draft in zip(positions, known, drafts, strict=True):
             line = {"position": position, "known": token, "draft": draft}
             file.write(json.dumps(line) + "\n")
+
+
+def write_taps(proposer, path, kwargs):  # type: ignore[no-untyped-def]
+    """Write the tapped states of the first tokens of a prompt that is read from its beginning."""
+    written = getattr(proposer, "prompts_with_taps", 0)
+    ids, states = kwargs.get("target_token_ids"), kwargs.get("target_hidden_states")
+    if written >= PROMPTS or getattr(states, "ndim", 0) != 2 or ids is None:
+        return
+    if kwargs["target_positions"].reshape(-1)[:1].tolist() != [0]:
+        return
+    proposer.prompts_with_taps = written + 1
+    line = {"ids": ids[:TAPPED].tolist(), "values": states[:TAPPED].double().tolist()}
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

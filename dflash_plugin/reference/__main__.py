@@ -30,14 +30,16 @@ if TYPE_CHECKING:
     from .replay import Replay
     from .target import HFTarget
 
+_TAPPED = 16
 _DTYPES = ("float32", "float64", "bfloat16")
 _FORMAT = """\
 input:  {"sequences": [{"id": ..., "prompt": [ids], "generated": [ids]}, ...]}
-output: {"k", "dtype", "al", "stats", "versions",
+output: {"k", "dtype", "al", "stats", "versions", "taps": {"layers", "values"},
          "sequences": [{"id", "al", "target_agrees", "first_disagreement",
                         "steps": [{"position", "known", "draft", "gaps", "accepted"}]}]}
 "position" is the absolute index of the last known token "known"; "gaps" are the
-drafted tokens' logits above their runners-up; "al" is null where there was no step.
+drafted tokens' logits above their runners-up; "al" is null where there was no step. "taps" are
+of the first prompt's first tokens: outputs of the target's layers, [token][layers * hidden].
 """
 
 
@@ -112,6 +114,7 @@ def _replay(options: argparse.Namespace) -> int:
             "al": summed.al,
             "stats": summed.to_dict(),
             "versions": _versions(),
+            "taps": _taps(target, sequences[0]["prompt"]) if sequences else None,
             "sequences": entries,
         },
     )
@@ -224,6 +227,11 @@ def _entry(identity: str | int, result: Replay) -> dict[str, Any]:
         "first_disagreement": None if found is None else asdict(found),
         "steps": [asdict(step) for step in result.steps],
     }
+
+
+def _taps(target: HFTarget, prompt: Sequence[int]) -> dict[str, Any]:
+    output = target.session().forward(prompt[:_TAPPED], rows=1)
+    return {"layers": list(target.taps), "values": output.taps.double().tolist()}
 
 
 def _versions() -> dict[str, str]:

@@ -29,17 +29,18 @@ from dflash_plugin.reference.replay import replay  # noqa: E402
 from dflash_plugin.reference.target import HFTarget  # noqa: E402
 
 NEW_TOKENS = 48
-# The hybrid has no cache to rewind in the reference: minutes, and only where it is asked for.
-NAMES = [
-    n
-    for n in list(replica_specs.load().pairs)
-    if n != "tiny-qwen35" or "DFLASH_TEST_HYBRID" in os.environ
-]
-WINDOWED = [
-    n
-    for n in [n for n in NAMES if "sliding_window" in replica_specs.load().pair(n).draft]
-    if n in NAMES
-]
+_ALL = list(replica_specs.load().pairs)
+# Those that cells are run with on every change; the others take minutes each to build, the
+# hybrids most, and are asked for with DFLASH_TEST_REPLICAS=all or by name.
+_ASKED = os.environ.get("DFLASH_TEST_REPLICAS", "")
+NAMES = (
+    _ALL
+    if _ASKED == "all"
+    else _ASKED.split()
+    or ["tiny-qwen3", "tiny-qwen3-swa", "tiny-qwen3-mixed", "tiny-llama", "tiny-gemma4"]
+)
+WINDOWED = [n for n in NAMES if "sliding_window" in replica_specs.load().pair(n).draft]
+SCALED = [n for n in NAMES if "input_embedding_scale" in replica_specs.load().pair(n).draft]
 
 
 @dataclass
@@ -141,7 +142,7 @@ def test_shifted_taps_are_seen(loaded: Loaded) -> None:
     assert loaded.al(shift) < 0.97 * loaded.al()
 
 
-@pytest.mark.parametrize("loaded", ["tiny-gemma4"], indirect=True)
+@pytest.mark.parametrize("loaded", SCALED, indirect=True)
 def test_a_dropped_embedding_scale_is_seen(loaded: Loaded) -> None:
     assert math.isclose(loaded.raw["input_embedding_scale"], loaded.raw["hidden_size"] ** 0.5)
     assert loaded.al(lambda raw: raw.update(input_embedding_scale=1.0)) < 0.85 * loaded.al()

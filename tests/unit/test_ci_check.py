@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,37 @@ def test_every_token_of_a_block_must_be_excused() -> None:
     assert verdict.evidence["blocks"]["exceptions"][0]["gap"] == 1.0
 
 
+def _tapped(shift: float = 0.0, width: int = 4) -> tuple[dict, dict]:
+    exact, replayed = _exact(), _replayed()
+    # Two layers of two channels, two tokens.
+    values = [[1.0, -1.0, 2.0, 2.0 + shift][:width]] * 2
+    exact["taps"] = {"ids": [1, 2], "values": values}
+    replayed["taps"] = {"layers": [1, 5], "values": [[1.0, -1.0, 2.0, 2.0]] * 3}
+    return exact, replayed
+
+
+def test_recorded_taps_that_are_the_references() -> None:
+    verdict = judge.judge_faithful(*_tapped(1e-5))
+    assert verdict.status == "passed"
+    assert [row["tap"] for row in verdict.evidence["taps"]] == [1, 5]
+    assert verdict.evidence["taps"][1]["distance"] == pytest.approx(5e-6)
+
+
+@pytest.mark.parametrize("change", [{"shift": 0.5}, {"width": 2}, {"shift": float("nan")}])
+def test_recorded_taps_of_another_layer_or_size_fail(change: dict[str, Any]) -> None:
+    """Every block and AL as they should be: the taps alone show it."""
+    verdict = judge.judge_faithful(*_tapped(**change))
+    assert verdict.status == "failed"
+    assert "away from the output of layer 5" in verdict.reason
+
+
+def test_no_recorded_taps_are_no_finding() -> None:
+    exact, replayed = _tapped()
+    exact["taps"] = None
+    verdict = judge.judge_faithful(exact, replayed)
+    assert (verdict.status, verdict.evidence["taps"]) == ("passed", [])
+
+
 def test_no_recorded_block_is_not_run() -> None:
     exact = _exact()
     exact["blocks"] = []
@@ -348,6 +380,15 @@ def test_run_exact_keeps_where_each_prompt_starts(
     )  # fmt: skip
     assert [seq["record_start"] for seq in raw["sequences"]] == [0, 1, 2]
     assert len(raw["blocks"]) == 3
+
+
+def test_recorded_taps_are_those_of_the_prompt(tmp_path: Path) -> None:
+    record = tmp_path / "blocks.jsonl"
+    assert check._taps(record, [1, 2, 3]) is None
+    lines = [{"ids": [0, 0], "values": [[9.0]] * 2}, {"ids": [1, 2], "values": [[1.0]] * 2}]
+    (tmp_path / "blocks.jsonl.taps").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert check._taps(record, [1, 2, 3]) == lines[1]
+    assert check._taps(record, [2, 1]) is None
 
 
 def test_run_control_asks_for_the_gap_where_answers_part() -> None:

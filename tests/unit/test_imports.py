@@ -277,7 +277,7 @@ def test_ci_imports_no_engine_and_no_torch():
 
 
 def test_ci_imports_of_the_replica_builder_what_needs_no_torch():
-    plain = {"language", "prompts"}
+    plain = {"language", "prompts", "tokenizer"}
     built = ROOT / "ci" / "replica_builder"
     wrong = [
         str(found)

@@ -27,6 +27,7 @@ import dflash_plugin  # noqa: E402
 from dflash_plugin import model_mlx  # noqa: E402
 from dflash_plugin.backends.mlx_draft import DraftModel  # noqa: E402
 from dflash_plugin.backends.mlx_model import load  # noqa: E402
+from dflash_plugin.backends.mlx_target import Target  # noqa: E402
 from dflash_plugin.errors import PairMismatchError, UsageError  # noqa: E402
 from dflash_plugin.reference import model as reference  # noqa: E402
 from dflash_plugin.reference.loop import generate  # noqa: E402
@@ -142,6 +143,20 @@ def test_blocks_are_the_references(pairs, name):
         found = pair.generate(ids, max_tokens=12, ignore_eos=True)
         assert found.token_ids == expected.token_ids
         assert [s.drafted for s in found.steps[1:]] == [s.draft for s in expected.steps]
+
+
+@pytest.mark.parametrize("name", mlx_replicas.ARCHITECTURES)
+def test_taps_are_transformers_hidden_states(pairs, name):
+    torch_model, model = pairs(name)
+    found = Target(model, (2, 0))
+    _logits, taps, _calls = found.forward(found.cache(), IDS)
+    with torch.inference_mode():
+        states = torch_model(torch.tensor([IDS]), output_hidden_states=True).hidden_states
+    mine = torch.tensor(taps.tolist())
+    expected = torch.cat([states[3], states[1]], dim=-1)
+    torch.testing.assert_close(mine, expected, rtol=1e-3, atol=1e-3)
+    for shifted in (torch.cat([states[2], states[0]], -1), torch.cat([states[4], states[2]], -1)):
+        assert (mine - shifted).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kind", DRAFTS)

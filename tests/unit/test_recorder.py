@@ -189,3 +189,28 @@ def test_before_there_is_a_proposer_of_the_engines_own(
     assert Own().propose(**_arguments([0, 1], [0, 2], [70])).tolist() == BLOCK[:1]
     (row,) = [json.loads(line) for line in path.read_text().splitlines()]
     assert row == {"position": 2, "known": 70, "draft": BLOCK[0]}
+
+
+def test_the_first_prompts_taps_are_written(recorder: ModuleType, tmp_path: Path) -> None:
+    path, taps = tmp_path / "blocks.jsonl", tmp_path / "blocks.jsonl.taps"
+    kind = _proposer()
+    recorder.wrap(kind, str(path))
+    proposer = kind()
+
+    def propose(first: int, value: float, **more: Any) -> None:
+        count = recorder.TAPPED + 4
+        given = _arguments([*range(first, first + count)], [0, count], [7])
+        given["target_token_ids"] = torch.arange(count)
+        given["target_hidden_states"] = torch.full((count, 6), value)
+        proposer.propose(**{**given, **more})
+
+    propose(3, 1.0)  # not the beginning of a text
+    propose(0, 1.0, target_hidden_states=None)
+    assert not taps.exists()
+    for value in range(5):
+        propose(0, float(value))
+    written = [json.loads(line) for line in taps.read_text().splitlines()]
+    assert [row["values"][0][0] for row in written] == [0.0, 1.0, 2.0]
+    assert written[0]["ids"] == list(range(recorder.TAPPED))
+    assert written[2]["values"] == [[2.0] * 6] * recorder.TAPPED
+    assert len(path.read_text().splitlines()) == 7

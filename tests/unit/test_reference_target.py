@@ -17,6 +17,7 @@ from dflash_plugin.errors import (  # noqa: E402
     PairMismatchError,
     UsageError,
 )
+from dflash_plugin.reference.taps import compare_taps  # noqa: E402
 from dflash_plugin.reference.target import HFTarget, prefill  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -186,3 +187,21 @@ def test_load(tmp_path: Path) -> None:
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-6)
     with pytest.raises(ModelNotFoundError, match="nowhere"):
         HFTarget.load(tmp_path / "nowhere", [1])
+
+
+def test_taps_are_compared_with_hidden_states() -> None:
+    """Of the right layers, of those after them, and of other text."""
+    target = HFTarget(make_model(), [0, 2])
+    ids = [3, 4, 5, 6, 7]
+    given = target.session().forward(ids).taps
+    for row, tap in zip(compare_taps(target, ids, given), (0, 2), strict=True):
+        assert (row.tap, row.nearest) == (tap, tap)
+        assert row.distance < 1e-5
+    width = given.shape[-1] // 2
+    shifted = HFTarget(target.model, [1, 2]).session().forward(ids).taps
+    first, second = compare_taps(target, ids, shifted)
+    assert (first.tap, first.nearest) == (0, 1)
+    assert first.distance > 0.05
+    assert second.nearest == 2
+    with pytest.raises(PairMismatchError, match="expected"):
+        compare_taps(target, ids, given[:, :width])

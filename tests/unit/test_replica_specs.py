@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pairs import write_config, write_weights
 
-from ci import prompts, replica_specs
+from ci import prompts, replica_specs, replica_traits
 from ci.replica_builder import tokenizer
 from ci.replica_builder.language import Language
 from ci.replica_builder.prompts import LENGTHS, LONG, SHORT
@@ -127,17 +128,90 @@ def test_traits_that_replicas_are_there_for():
     )
     for name, draft in drafts.items():
         target = SPECS.pair(name).target.config
-        assert draft.head_dim not in {target["head_dim"], target.get("global_head_dim")}
+        sizes = {target["head_dim"], target.get("global_head_dim")}
+        # One size of head in both is a trait too: of the first Qwen3 drafts and of gpt-oss.
+        same = name in ("tiny-qwen3-tied", "tiny-gpt-oss-20b", "tiny-gpt-oss-120b")
+        assert (draft.head_dim in sizes) == same, name
         if target["model_type"].startswith("qwen"):
             assert tokenizer.SIZE <= draft.mask_token_id < draft.vocab_size
-        tapped = {
-            target.get("layer_types", ["full_attention"] * 9)[i] for i in draft.target_layer_ids
-        }
-        assert len(tapped) == (2 if name in ("tiny-gemma4", "tiny-qwen35") else 1)
     gemma = drafts["tiny-gemma4"]
     assert gemma.input_embedding_scale == pytest.approx(gemma.hidden_size**0.5)
     assert gemma.final_logit_softcapping == 30.0
     assert gemma.mask_token_id == tokenizer.SPECIAL.index("<mask>")
+
+
+# --- which published pair a replica stands for ---
+
+ROWS = [row for row in matrix.load().pairs.values() if row.status == matrix.PUBLISHED]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_every_published_pair_has_a_replica_of_its_family_with_its_traits(row):
+    spec = replica_traits.stand_in(row)
+    assert set(replica_traits.of_pair(row)) <= set(replica_traits.of_replica(spec))
+    family = spec.target.config["model_type"].removesuffix("_text")
+    assert family == {"kimi_k25": "deepseek_v3"}.get(
+        row.target_shape.model_type, row.target_shape.model_type
+    )
+
+
+def test_traits_of_replicas_are_those_they_are_there_for():
+    kept = {name: set(replica_traits.of_replica(spec)) for name, spec in SPECS.pairs.items()}
+    for name, trait in {
+        "tiny-qwen3-tied": "tied-head", "tiny-gpt-oss-20b": "taps-mixed",
+        "tiny-gpt-oss-120b": "taps-full-only", "tiny-kimi-k2": "mla",
+        "tiny-minimax-m2": "partial-rotary", "tiny-gemma4": "three-head-sizes",
+        "tiny-gemma4-moe": "moe", "tiny-qwen35": "taps-mixed",
+        "tiny-qwen35-linear": "taps-linear-only", "tiny-qwen3-next": "taps-full-only",
+        "tiny-llama": "llama3-rope",
+    }.items():  # fmt: skip
+        assert trait in kept[name], name
+    assert "moe" not in kept["tiny-gemma4"]
+    # A shifted tap is another layer's output in every pair, and there is such a layer.
+    for spec in SPECS.pairs.values():
+        assert (
+            max(spec.draft["dflash_config"]["target_layer_ids"]) + 1
+            < (spec.target.config["num_hidden_layers"])
+        )
+
+
+def test_a_trait_that_no_replica_keeps_is_an_error():
+    row = matrix.load().pair("kimi-k2.5")
+    few = replace(SPECS, pairs={name: SPECS.pairs[name] for name in ("tiny-qwen3", "tiny-llama")})
+    with pytest.raises(UnknownCellError, match="deepseek_v3 keeps mla, moe, yarn, which kimi"):
+        replica_traits.stand_in(row, few)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen3.8-27b-dflash2", "glm-5.1"])
+def test_pairs_that_are_to_have_no_replica(name):
+    assert replica_traits.stand_in(matrix.load().pair(name)) is None
+
+
+# --- like ---
+
+
+def test_like_takes_an_earlier_rows_config_but_for_its_own(tmp_path):
+    path = tmp_path / "replicas.toml"
+    path.write_text(
+        GOOD
+        + """
+[[pair]]
+id = "other"
+target = "small"
+like = "tiny"
+seed = 2
+steps = 5
+learning_rate = 1e-3
+draft = { block_size = 4 }
+"""
+    )
+    specs = replica_specs.load(path)
+    assert specs.pair("other").draft == {**specs.pair("tiny").draft, "block_size": 4}
+
+
+def test_like_an_unknown_row_is_an_error(tmp_path):
+    with pytest.raises(MatrixError, match="names 'tinny', which is not defined"):
+        load(tmp_path, 'id = "tiny"', 'id = "tiny"\nlike = "tinny"')
 
 
 # --- the language ---

@@ -107,10 +107,8 @@ def test_draft_logits_are_the_references_for_ragged_rows(kind):
                 cache.lengths[row] += count
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma4"])
+@architectures()
 def test_taps_are_the_outputs_of_their_layers(name):
-    if not replicas.available(name):
-        pytest.skip("this Transformers lacks it")
     model = replicas.make_target(name)
     target = Target(model, (2, 0))
     ids = replicas.prompt(9)
@@ -120,3 +118,6 @@ def test_taps_are_the_outputs_of_their_layers(name):
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     expected = torch.cat([states[3], states[1]], dim=-1)
     torch.testing.assert_close(output.taps, expected, rtol=1e-4, atol=1e-5)
+    # The layers before and after are far off: taps shifted by one would be seen.
+    for shifted in (torch.cat([states[2], states[0]], -1), torch.cat([states[4], states[2]], -1)):
+        assert (output.taps - shifted).abs().max() > 0.1
