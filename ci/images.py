@@ -37,8 +37,11 @@ BEGIN, END = "<!-- images:begin (python -m ci images --write) -->", "<!-- images
 WRITTEN = "# Written by `python -m ci images --write`; not edited.\n"
 
 STOCK = "stock"
-VARIANTS = (STOCK, "gemma4", "swa", "all")
-"""``stock``: the plugin beside the engine as published; the others are patch sets."""
+VARIANTS = {
+    "cuda": (STOCK, "gemma4", "swa", "all"),
+    "cpu": (STOCK, "cpu", "gemma4", "swa", "all"),
+}
+"""By platform. ``stock``: the plugin beside the engine as published; the others are patch sets."""
 ACCELERATORS = {"cuda": "cu130", "cpu": "cpu"}
 """Platform of a build in the matrix: what the tag calls it."""
 CPU_BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -106,7 +109,7 @@ def expand(data: Matrix, patches: Path) -> list[Image]:
             build = engine.builds.get(platform)
             if engine.name != "vllm" or build is None or (platform == "cpu" and not build.lock):
                 continue
-            for variant in VARIANTS:
+            for variant in VARIANTS[platform]:
                 if variant == STOCK or (engine.name, engine.version, variant) in sets:
                     found.append(_image(engine, build, variant, patches))
     return found
@@ -300,6 +303,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accelerator", choices=list(ACCELERATORS.values()), help="only the images for this one"
     )
     what = parser.add_mutually_exclusive_group()
+    what.add_argument("--build", metavar="IMAGE", help="build this one here, with `docker build`")
     what.add_argument("--json", action="store_true", help="every image with its build arguments")
     what.add_argument("--check", action="store_true", help="whether the written files are fresh")
     what.add_argument("--write", action="store_true", help="write bake file, pins and table")
@@ -313,6 +317,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what was asked; the exit code."""
+    if args.build:
+        from . import image_build  # which builds on this module
+
+        image_build.build(image_build.by_tag(args.build))
+        return 0
     images = expand(matrix.load(), ROOT / "patches")
     path = ROOT / PINS
     pins = read_pins(path) if path.exists() else {}
