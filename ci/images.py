@@ -24,6 +24,8 @@ from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
 from dflash_plugin.matrix import Build, Engine, Matrix
 from dflash_plugin.toml_table import Table, read_toml
 
+from .records import CellResult, load_json
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
@@ -32,6 +34,7 @@ else:  # pragma: no cover
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("images")
 BAKE, PINS, PAGE = FOLDER / "docker-bake.hcl", FOLDER / "pins.toml", Path("docs/images.md")
+RESULTS = Path("docs/results")
 DOCKERFILE = FOLDER / "vllm.Dockerfile"
 BEGIN, END = "<!-- images:begin (python -m ci images --write) -->", "<!-- images:end -->"
 WRITTEN = "# Written by `python -m ci images --write`; not edited.\n"
@@ -235,14 +238,27 @@ def _block(kind: str, name: str, values: Mapping[str, Sequence[str]]) -> str:
     return f'{kind} "{name}" {{\n{"".join(lines)}}}\n'
 
 
-def table(images: Sequence[Image], pins: Mapping[str, str]) -> list[str]:
-    """The Markdown table of images. None is called built: that is what a registry shows."""
+def recorded(root: Path) -> dict[str, list[str]]:
+    """What came out of the recorded runs in containers, by the image's tag."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / RESULTS).glob("*/*.image.json")):
+        result = CellResult.from_json(load_json(path), str(path))
+        name = result.environment["container"]["image"].rpartition("/")[2]
+        found.setdefault(name, []).append(f"`{result.id}` {result.status.replace('_', ' ')}")
+    return found
+
+
+def table(
+    images: Sequence[Image], pins: Mapping[str, str], runs: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The Markdown table of images: what each is made from, and the runs that are recorded."""
     lines = ["| image | patches | base | pinned | built and run |", "|---|---|---|---|---|"]
     for image in images:
         patches = f"`{image.series_sha256[:12]}`" if image.series_sha256 else "–"
         digest = pins.get(image.base, "")
         pinned = f"`{digest[:19]}`" if digest else NOT_RESOLVED
-        lines.append(f"| `{image.tag}` | {patches} | `{image.base}` | {pinned} | not run |")
+        run = "<br>".join(runs.get(image.tag, ["not run"]))
+        lines.append(f"| `{image.tag}` | {patches} | `{image.base}` | {pinned} | {run} |")
     return lines
 
 
@@ -264,7 +280,7 @@ def texts(images: Sequence[Image], pins: Mapping[str, str], root: Path) -> dict[
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise UsageError(f"{PAGE}: no {BEGIN} … {END} block", hint="put the two lines back")
     head, tail = page.split(BEGIN)[0], page.split(END)[1]
-    block = "\n".join(table(images, pins))
+    block = "\n".join(table(images, pins, recorded(root)))
     return {
         BAKE: bake_text(images, pins, plugin_version(root)),
         PINS: pins_text(bases(images), pins),

@@ -28,7 +28,7 @@ ARG SOURCE
 USER 0:0
 RUN --mount=type=bind,source=dist,target=/dist \
     --mount=type=bind,source=images/install.sh,target=/install.sh \
-    sh /install.sh python3 "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
+    sh /install.sh python3 vllm "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
 
 # USER: torch asks for a name, and a user without an entry in passwd has no other.
 ENV HOME=/var/lib/dflash \
@@ -107,7 +107,7 @@ ARG REVISION
 ARG SOURCE
 RUN --mount=type=bind,source=dist,target=/dist \
     --mount=type=bind,source=images/install.sh,target=/install.sh \
-    sh /install.sh /venv/bin/python "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
+    sh /install.sh /venv/bin/python vllm "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
 
 # Both libraries have to be there before the process starts.
 ENV PATH=/venv/bin:$PATH \
