@@ -382,9 +382,21 @@ def _unpinned(images: Sequence[Image], pins: Mapping[str, str]) -> Iterator[str]
             yield f"{PINS.as_posix()}: {name}: {NOT_RESOLVED}: python -m ci images --resolve"
 
 
+def cell_for(image: Image, data: Matrix) -> str:
+    """A cell of a tiny pair that tests ``image``; empty if the matrix has none."""
+    for cell in data.cells:
+        variant = cell.variant.patches or (STOCK if cell.variant.plugin else None)
+        key = (cell.engine.name, cell.engine.version, cell.platform, variant)
+        fits = key == (image.engine, image.version, image.platform, image.variant)
+        if fits and cell.pair.replica and not cell.not_run:
+            return cell.id
+    return ""
+
+
 def _as_json(image: Image, pins: Mapping[str, str]) -> dict[str, Any]:
     return {
         **asdict(image),
+        "cell": cell_for(image, matrix.load()),
         "tag": image.tag,
         "target": image.target,
         "accelerator": image.accelerator,

@@ -16,7 +16,7 @@ import hcl2
 import pytest
 
 from ci import __main__ as ci_main
-from ci import images, report
+from ci import image_build, images, report
 from ci.records import CellResult
 from dflash_plugin import matrix, patchset
 from dflash_plugin.errors import MatrixError
@@ -141,6 +141,16 @@ def test_json(capsys: Captured) -> None:
     assert command[-1] == "."
     assert "--build-arg" in command
     assert f"SERIES_SHA256={rows[-1]['series_sha256']}" in command
+    assert {row["cell"] for row in rows} == {""}  # no GPU cell is run
+
+
+def test_an_image_is_tested_with_a_cell_that_runs_in_it() -> None:
+    data = matrix.load()
+    cells = {image.tag: images.cell_for(image, data) for image in all_images()}
+    assert cells["vllm-openai:0.32.0-dflash-stock-cpu"] == "vllm-0.32.0/plugin/cpu/tiny-qwen3"
+    assert cells["vllm-openai:0.30.0-dflash-cpu-cpu"] == "vllm-0.30.0/patched-cpu/cpu/tiny-qwen3"
+    for tag, cell_id in cells.items():
+        assert not cell_id or image_build.of_cell(data.cell(cell_id)).tag == tag
 
 
 def test_resolve(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
