@@ -25,6 +25,7 @@ from dflash_plugin.errors import (
     ContainerMemoryError,
     DFlashError,
     DockerUnavailableError,
+    EnvironmentBuildError,
     ImageMissingError,
     MissingDependencyError,
     PortInUseError,
@@ -74,10 +75,12 @@ def errors(what: str) -> Iterator[None]:
         yield
     except docker.errors.ImageNotFound as err:
         raise ImageMissingError(
-            f"{what}: {_said(err)}", hint="python -m ci images --build IMAGE, or --registry PREFIX"
+            f"{what}: {said(err)}", hint="python -m ci images --build IMAGE, or --registry PREFIX"
         ) from err
     except docker.errors.APIError as err:
-        raise _refused(what, _said(err)) from err
+        raise refused(what, err) from err
+    except docker.errors.ContainerError:  # what ran in it failed, not Docker
+        raise
     except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as err:
         raise DockerUnavailableError(
             f"{what}: no Docker daemon answers ({str(err)[:200]})",
@@ -85,22 +88,25 @@ def errors(what: str) -> Iterator[None]:
         ) from err
 
 
-def _refused(what: str, said: str) -> DFlashError:
-    text = said.lower()
+def refused(what: str, err: Any) -> DFlashError:
+    """The error for a daemon's refusal (an ``APIError``) of ``what``."""
+    words = said(err)
+    text = words.lower()
     if "no space left on device" in text:
         return CacheError(
-            f"{what}: {said}", hint="docker system df shows what is kept, docker system prune frees"
+            f"{what}: {words}",
+            hint="docker system df shows what is kept, docker system prune frees",
         )
     if "port is already allocated" in text or "address already in use" in text:
-        return PortInUseError(f"{what}: {said}", hint="choose another --port, or leave it out")
+        return PortInUseError(f"{what}: {words}", hint="choose another --port, or leave it out")
     if "could not select device driver" in text:
         return DockerUnavailableError(
-            f"{what}: {said}", hint="a GPU in a container needs the NVIDIA container toolkit"
+            f"{what}: {words}", hint="a GPU in a container needs the NVIDIA container toolkit"
         )
-    return DockerUnavailableError(f"{what}: {said}", hint="see the Docker daemon's log")
+    return DockerUnavailableError(f"{what}: {words}", hint="see the Docker daemon's log")
 
 
-def _said(err: Any) -> str:
+def said(err: Any) -> str:
     """The daemon's words, in one line."""
     return " ".join(str(getattr(err, "explanation", None) or err).split())[:500]
 
@@ -292,7 +298,9 @@ def remove_orphans(client: Any) -> None:
     """Remove the containers whose harness is gone without having removed them."""
     host = owner(0).removesuffix("0")
     with errors("Docker"):
-        for container in client.containers.list(all=True, filters={"label": OWNER}):
+        for container in client.containers.list(
+            all=True, filters={"label": OWNER}, ignore_removed=True
+        ):
             name = container.labels.get(OWNER, "")
             pid = name.removeprefix(host)
             if name.startswith(host) and pid.isdigit() and not _runs(int(pid)):
@@ -322,14 +330,21 @@ def packages(client: Any, image_id: str, names: tuple[str, ...]) -> dict[str, st
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
     )
-    with errors(f"looking into {image_id[:19]}"):
-        said = client.containers.run(
-            image_id,
-            ["-c", code, *names],
-            entrypoint="python3",
-            network_mode="none",
-            remove=True,
-            labels={OWNER: owner(os.getpid())},
-        )
-    found: dict[str, str] = json.loads(said.splitlines()[-1])
+    what = f"looking into {image_id[:19]}"
+    try:
+        with errors(what):
+            answer = client.containers.run(
+                image_id,
+                ["-c", code, *names],
+                entrypoint="python3",
+                network_mode="none",
+                remove=True,
+                labels={OWNER: owner(os.getpid())},
+            )
+    except sdk().errors.ContainerError as err:
+        raise EnvironmentBuildError(
+            f"{what}: its python3 failed: {err.stderr.decode(errors='replace')[-300:]}",
+            hint="is it an image of this project? python -m ci images lists them",
+        ) from err
+    found: dict[str, str] = json.loads(answer.splitlines()[-1])
     return found

@@ -29,6 +29,7 @@ from typing import Any
 
 from dflash_plugin import cache, matrix
 from dflash_plugin.errors import (
+    CacheError,
     ImageMissingError,
     MissingDependencyError,
     UnknownCellError,
@@ -119,9 +120,13 @@ def _pulled(client: Any, name: str) -> Any:
         try:
             with Progress(f"pulling {name}"):
                 return client.images.pull(name)
-        except docker_errors.NotFound as err:
+        except docker_errors.APIError as err:
+            found = containers.refused(name, err)
+            if isinstance(found, CacheError):
+                raise found from err
             raise ImageMissingError(
-                f"{name}: not on this machine, and its registry does not have it",
+                f"{name}: not on this machine, and its registry does not give it: "
+                f"{containers.said(err)}",
                 hint="check --registry, or leave it out and the image is built here",
             ) from err
 

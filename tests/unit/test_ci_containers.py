@@ -29,6 +29,7 @@ from dflash_plugin.errors import (
     DFlashError,
     DockerUnavailableError,
     EngineExitedError,
+    EnvironmentBuildError,
     ImageMissingError,
     MissingDependencyError,
     PortInUseError,
@@ -211,7 +212,7 @@ def test_the_record_can_be_written_by_another_user(spec: Any, daemon: FakeDaemon
 
 
 def start(spec: ServerSpec) -> None:
-    with serve_all([spec], timeout=5):
+    with serve_all([spec], timeout=60):
         pytest.fail("ready")
 
 
@@ -300,6 +301,15 @@ def test_each_refusal_is_told_apart(
     assert PLUGIN in caught.value.message
     assert caught.value.hint
     assert daemon.kept == []  # also where it was created, and not started
+
+
+def test_an_image_without_python_is_no_environment() -> None:
+    def run(*_: Any, **__: Any) -> bytes:
+        raise docker.errors.ContainerError("c", 127, "python3", "x", b"python3: not found")
+
+    client = SimpleNamespace(containers=SimpleNamespace(run=run))
+    with pytest.raises(EnvironmentBuildError, match="python3: not found"):
+        containers.packages(client, "sha256:1234", ("torch",))
 
 
 def test_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

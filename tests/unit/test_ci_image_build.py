@@ -17,6 +17,7 @@ from ci import containers, image_build, images
 from ci.environment import Wanted
 from dflash_plugin import matrix
 from dflash_plugin.errors import (
+    CacheError,
     EnvironmentBuildError,
     ImageMissingError,
     MissingDependencyError,
@@ -114,7 +115,7 @@ def test_built_once_and_again_when_a_file_changed(daemon: FakeDaemon, builds: li
 def test_pulled_if_it_is_not_there(daemon: FakeDaemon, builds: list[str]) -> None:
     cell = matrix.load().cell(CELL)
     name = "registry.example/vllm-openai:0.32.0-dflash-stock-cpu"
-    with pytest.raises(ImageMissingError, match="its registry does not have it"):
+    with pytest.raises(ImageMissingError, match="its registry does not give it: manifest for"):
         image_build.ensure(cell, PULLED)
     daemon.registry.add(name)
     found = image_build.ensure(cell, PULLED)
@@ -122,6 +123,17 @@ def test_pulled_if_it_is_not_there(daemon: FakeDaemon, builds: list[str]) -> Non
     assert image_build.ensure(cell, PULLED) == found
     assert found.container is not None and found.container.image == name
     assert builds == []
+
+
+def test_a_pull_that_fills_the_disk_is_not_a_missing_image(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pull(name: str) -> None:
+        raise docker.errors.APIError("500", explanation="write: no space left on device")
+
+    monkeypatch.setattr(daemon, "pull", pull)
+    with pytest.raises(CacheError, match="no space left"):
+        image_build.ensure(matrix.load().cell(CELL), PULLED)
 
 
 @pytest.mark.parametrize("what", ["Dockerfile", "install.sh", "lock", "wheel"])
