@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dflash_plugin import errors, matrix
@@ -214,6 +215,8 @@ def _run(args: argparse.Namespace) -> int:
             result = pipeline.aborted(cell, err)
             if result.serves.status != FAILED or SERVES not in known(cell.id):
                 error = err
+        if made.overrides.containers is not None and not result.environment:
+            result = replace(result, environment={"kind": "image"})  # nothing ran in one
         results.append(result)
         report.write(args.out, results)
         print(report.summary(result), flush=True)

@@ -29,7 +29,6 @@ from dflash_plugin.errors import (
     ImageMissingError,
     MissingDependencyError,
     PortInUseError,
-    from_os_error,
 )
 
 from .environment import Container
@@ -79,8 +78,6 @@ def errors(what: str) -> Iterator[None]:
         ) from err
     except docker.errors.APIError as err:
         raise refused(what, err) from err
-    except docker.errors.ContainerError:  # what ran in it failed, not Docker
-        raise
     except (docker.errors.DockerException, requests.exceptions.RequestException, OSError) as err:
         raise DockerUnavailableError(
             f"{what}: no Docker daemon answers ({str(err)[:200]})",
@@ -137,7 +134,7 @@ class ContainerServer(Server):
         self._client = self._client or connect()
         remove_orphans(self._client)
         if self._spec.record is not None:
-            _writable(self._spec.record)
+            self._spec.record.touch()  # Docker would make a folder of it
         wanted = options(self._spec, self.port, self._given)
         self.begin_log(["docker", "run", self._given.image, shlex.join(wanted["command"])])
         with interrupts_deferred(), errors(f"{self.spec.label}: {self._given.image}"):
@@ -246,6 +243,8 @@ def options(spec: ServerSpec, port: int, given: Container) -> dict[str, Any]:
         "command": [*model, *spec.arguments("0.0.0.0", PORT, draft)],
         "environment": {**threads, **spec.variables(IN_RECORDER, IN_RECORD)},
         "name": _name(spec),
+        # Who runs the harness can read the models; group 0 is what the image's folders are for.
+        "user": f"{os.getuid()}:0",
         "labels": {OWNER: owner(os.getpid()), CELL: spec.cell.id},
         "mounts": [
             types.Mount(inside, str(outside), type="bind", read_only=read_only)
@@ -273,15 +272,6 @@ def _model(folder: Path, inside: str) -> tuple[str, tuple[Path, str, bool]]:
     root = Path(os.path.commonpath([folder, *files]))
     seen = Path(inside, folder.relative_to(root))
     return str(seen), (root, inside, True)
-
-
-def _writable(record: Path) -> None:
-    """An empty file that the image's user, who is not ours, can write."""
-    try:
-        record.touch()
-        record.chmod(0o666)
-    except OSError as err:
-        raise from_os_error(err, str(record)) from err
 
 
 def _name(spec: ServerSpec) -> str:
@@ -330,21 +320,37 @@ def packages(client: Any, image_id: str, names: tuple[str, ...]) -> dict[str, st
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
         "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
     )
-    what = f"looking into {image_id[:19]}"
-    try:
-        with errors(what):
-            answer = client.containers.run(
-                image_id,
-                ["-c", code, *names],
-                entrypoint="python3",
-                network_mode="none",
-                remove=True,
-                labels={OWNER: owner(os.getpid())},
-            )
-    except sdk().errors.ContainerError as err:
-        raise EnvironmentBuildError(
-            f"{what}: its python3 failed: {err.stderr.decode(errors='replace')[-300:]}",
-            hint="is it an image of this project? python -m ci images lists them",
-        ) from err
+    answer = output(client, image_id, "-c", code, *names)
     found: dict[str, str] = json.loads(answer.splitlines()[-1])
     return found
+
+
+def output(client: Any, image: str, *args: str) -> str:
+    """What an image's python3 prints, without a network; its container is removed.
+
+    Raises:
+        EnvironmentBuildError: it failed.
+    """
+    what = f"looking into {image[:60]}"
+    with errors(what):
+        container = client.containers.create(
+            image,
+            list(args),
+            entrypoint="python3",
+            network_mode="none",
+            labels={OWNER: owner(os.getpid())},
+        )
+    try:
+        with errors(what):
+            container.start()
+            code = container.wait()["StatusCode"]
+            said = [container.logs(stdout=out, stderr=not out) for out in (True, False)]
+    finally:
+        _remove(container)
+    text, complaint = (part.decode(errors="replace") for part in said)
+    if code:
+        raise EnvironmentBuildError(
+            f"{what}: its python3 ended with exit code {code}: {complaint[-300:]}",
+            hint="is it an image of this project? python -m ci images lists them",
+        )
+    return text

@@ -243,7 +243,10 @@ def recorded(root: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in sorted((root / RESULTS).glob("*/*.image.json")):
         result = CellResult.from_json(load_json(path), str(path))
-        name = result.environment["container"]["image"].rpartition("/")[2]
+        image = result.environment.get("container")
+        if image is None:  # it was not started
+            continue
+        name = image["image"].rpartition("/")[2]
         found.setdefault(name, []).append(f"`{result.id}` {result.status.replace('_', ' ')}")
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ci import image_build, images
+from ci import containers, image_build, images
 
 ROOT = Path(__file__).parents[2]
 CELLS = ["vllm-0.32.0/plugin/cpu/tiny-qwen3", "vllm-0.30.0/patched-cpu/cpu/tiny-qwen3"]
@@ -63,10 +63,7 @@ def test_an_image_is_what_its_labels_say(client: Any, tag: str) -> None:
     assert found.attrs["Config"]["Healthcheck"]["Test"]
 
     def inside(*command: str) -> str:
-        said: bytes = client.containers.run(
-            tag, list(command), entrypoint="python3", network_mode="none", remove=True
-        )
-        return said.decode()
+        return containers.output(client, tag, *command)
 
     compilers = "import shutil; print(*filter(shutil.which, ('cc', 'gcc', 'g++', 'clang')))"
     assert inside("-c", compilers).strip() == ""
@@ -89,6 +86,6 @@ def test_the_demo_draft_is_not_in_an_image(client: Any) -> None:
         "try: demo.packaged_draft()\n"
         "except errors.CheckpointError as err: print(err)"
     )
-    said = client.containers.run(TAGS[0], ["-c", code], entrypoint="python3", remove=True).decode()
+    said = containers.output(client, TAGS[0], "-c", code)
     assert "model.safetensors is missing" in said
     assert "container images leave its weights out" in said

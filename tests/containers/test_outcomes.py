@@ -77,7 +77,7 @@ def test_it_serves_as_a_process_does(client: Any, spec: Any, tmp_path: Path) -> 
             assert given["Memory"] == given["MemorySwap"] == MEMORY
             assert given["NanoCpus"] == 10**9
             assert given["NetworkMode"] in ("default", "bridge")
-            assert container.attrs["Config"]["User"] == "2000:0"
+            assert container.attrs["Config"]["User"] == f"{os.getuid()}:0"
             mounts = {m["Destination"]: m for m in container.attrs["Mounts"]}
             for place in (containers.TARGET, containers.DRAFT, containers.IN_RECORDER):
                 assert place not in mounts or mounts[place]["RW"] is False

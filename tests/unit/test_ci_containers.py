@@ -60,8 +60,11 @@ class FakeContainer:
             raise state
         self.attrs["State"] = state
 
-    def logs(self, **_: Any) -> Iterator[bytes]:
-        yield from self.daemon.output
+    def logs(self, *, stream: bool = False, **_: Any) -> Iterator[bytes] | bytes:
+        return iter(self.daemon.output) if stream else b"".join(self.daemon.output)
+
+    def wait(self) -> dict[str, int]:
+        return {"StatusCode": self.daemon.code}
 
     def kill(self, signal: str) -> None:
         self.signals.append(signal)
@@ -80,11 +83,12 @@ class FakeDaemon:
         self.made: list[FakeContainer] = []
         self.states: list[Any] = [RUNNING]
         self.output = [b"fake engine: a line\n"]
+        self.code = 0
         self.refuses: Exception | None = None
         self.refuses_start: Exception | None = None
         self.containers = self
 
-    def create(self, image: str, **wanted: Any) -> FakeContainer:
+    def create(self, image: str, *_: Any, **wanted: Any) -> FakeContainer:
         if self.refuses:
             raise self.refuses
         self.kept.append(FakeContainer(self, wanted))
@@ -147,6 +151,7 @@ def test_models_are_read_only_and_limits_are_set(spec: Any, fake: Fake) -> None:
     assert asked["mem_limit"] == asked["memswap_limit"] == 4 << 30
     assert asked["nano_cpus"] == 2 * 10**9
     assert asked["cap_drop"] == ["ALL"]
+    assert asked["user"] == f"{os.getuid()}:0"  # who can read the models and write the record
     assert asked["device_requests"] is None
     assert asked["labels"][containers.CELL] == PLUGIN
     command = asked["command"]
@@ -198,14 +203,6 @@ def test_a_hub_snapshots_links_can_be_followed_inside(spec: Any, tmp_path: Path)
     asked = containers.options(spec(target=snapshot), 1, GIVEN)
     assert asked["mounts"][0]["Source"] == str(tmp_path / "repo")
     assert asked["command"][1] == f"{containers.TARGET}/snapshots/abc"
-
-
-def test_the_record_can_be_written_by_another_user(spec: Any, daemon: FakeDaemon) -> None:
-    made = spec()
-    server = containers.ContainerServer(made, 1, GIVEN)
-    server.start()
-    assert made.record.stat().st_mode & 0o777 == 0o666
-    server.end()
 
 
 # --- how it ends ---------------------------------------------------------------------------
@@ -303,13 +300,18 @@ def test_each_refusal_is_told_apart(
     assert daemon.kept == []  # also where it was created, and not started
 
 
-def test_an_image_without_python_is_no_environment() -> None:
-    def run(*_: Any, **__: Any) -> bytes:
-        raise docker.errors.ContainerError("c", 127, "python3", "x", b"python3: not found")
+def test_what_is_in_an_image(daemon: FakeDaemon) -> None:
+    daemon.output = [b'{"torch": "2.13.0"}\n']
+    assert containers.packages(daemon, "sha256:1234", ("torch",)) == {"torch": "2.13.0"}
+    assert daemon.made[0].wanted["network_mode"] == "none"
+    assert daemon.kept == []
 
-    client = SimpleNamespace(containers=SimpleNamespace(run=run))
-    with pytest.raises(EnvironmentBuildError, match="python3: not found"):
-        containers.packages(client, "sha256:1234", ("torch",))
+
+def test_an_image_without_python_is_no_environment(daemon: FakeDaemon) -> None:
+    daemon.output, daemon.code = [b"python3: not found"], 127
+    with pytest.raises(EnvironmentBuildError, match="exit code 127: python3: not found"):
+        containers.packages(daemon, "sha256:1234", ("torch",))
+    assert daemon.kept == []
 
 
 def test_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -362,6 +364,7 @@ def test_it_is_the_outcome_of_the_cell(
     args = ["run", "--matrix", fake.matrix, "--out", fake.out, "--env", "image", PLUGIN]
     assert ci_main.main([str(arg) for arg in args]) == error.exit_code
     row = fake.report()[0]
+    assert row["environment"] == {"kind": "image"}  # so it is saved as one of a container
     assert row["status"] == ABORTED
     assert error.message in row["reason"]
     assert row["serves"]["status"] == "not_run"
