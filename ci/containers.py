@@ -314,11 +314,12 @@ def _remove(container: Any) -> None:
 
 
 def packages(client: Any, image_id: str, names: tuple[str, ...]) -> dict[str, str]:
-    """The versions of ``names`` inside an image; what is not there is left out."""
+    """The versions of Python and of ``names`` inside an image; what is not there is left out."""
     code = (
-        "import importlib.metadata as m, json, sys\n"
+        "import importlib.metadata as m, json, platform, sys\n"
         "have = {d.metadata['Name'].lower(): d.version for d in m.distributions()}\n"
-        "print(json.dumps({n: have[n] for n in sys.argv[1:] if n in have}))"
+        "have['python'] = platform.python_version()\n"
+        "print(json.dumps({n: have[n] for n in ('python', *sys.argv[1:]) if n in have}))"
     )
     answer = output(client, image_id, "-c", code, *names)
     found: dict[str, str] = json.loads(answer.splitlines()[-1])

@@ -419,7 +419,7 @@ def _facts(run: CellRun) -> dict[str, Any]:
         **({"container": asdict(container)} if container else {}),
         "packages": dict(run.environment.packages),
         "reference_packages": dict(run.reference.packages),
-        "python": platform.python_version(),
+        "python": run.environment.packages.get("python", platform.python_version()),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": hardware.cpu_model(),
         "cores": os.cpu_count(),
