@@ -348,7 +348,7 @@ def output(client: Any, image: str, *args: str) -> str:
             said = [container.logs(stdout=out, stderr=not out) for out in (True, False)]
     finally:
         _remove(container)
-    text, complaint = (part.decode(errors="replace") for part in said)
+    text, complaint = (str(part, errors="replace") for part in said)
     if code:
         raise EnvironmentBuildError(
             f"{what}: its python3 ended with exit code {code}: {complaint[-300:]}",

@@ -24,7 +24,7 @@ from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
 from dflash_plugin.matrix import Build, Engine, Matrix
 from dflash_plugin.toml_table import Table, read_toml
 
-from .records import CellResult, load_json
+from .records import FAILED, CellResult, load_json
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -241,13 +241,16 @@ def _block(kind: str, name: str, values: Mapping[str, Sequence[str]]) -> str:
 def recorded(root: Path) -> dict[str, list[str]]:
     """What came out of the recorded runs in containers, by the image's tag."""
     found: dict[str, list[str]] = {}
+    data = matrix.load()
     for path in sorted((root / RESULTS).glob("*/*.image.json")):
         result = CellResult.from_json(load_json(path), str(path))
         image = result.environment.get("container")
         if image is None:  # it was not started
             continue
         name = image["image"].rpartition("/")[2]
-        found.setdefault(name, []).append(f"`{result.id}` {result.status.replace('_', ' ')}")
+        known = result.status == FAILED and data.known_failures(result.id)
+        words = result.status.replace("_", " ") + (" (known)" if known else "")
+        found.setdefault(name, []).append(f"`{result.id}` {words}")
     return found
 
 

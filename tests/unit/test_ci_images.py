@@ -37,6 +37,10 @@ def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (images.PAGE, Path("pyproject.toml")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text((ROOT / path).read_text())
+    for path in (ROOT / images.RESULTS).glob("*/*.image.json"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     (tmp_path / images.FOLDER).mkdir()
     (tmp_path / "patches").symlink_to(ROOT / "patches")
     monkeypatch.setattr(images, "ROOT", tmp_path)
