@@ -13,8 +13,9 @@ import pytest
 from ci import containers, image_build, images
 
 ROOT = Path(__file__).parents[2]
-CELLS = ["vllm-0.32.0/plugin/cpu/tiny-qwen3", "vllm-0.30.0/patched-cpu/cpu/tiny-qwen3"]
-TAGS = ["vllm-openai:0.32.0-dflash-stock-cpu", "vllm-openai:0.30.0-dflash-cpu-cpu"]
+# Two images of one release: all layers but the last are the same.
+CELLS = ["vllm-0.32.0/plugin/cpu/tiny-qwen3", "vllm-0.32.0/patched-all/cpu/tiny-qwen3-mixed"]
+TAGS = ["vllm-openai:0.32.0-dflash-stock-cpu", "vllm-openai:0.32.0-dflash-all-cpu"]
 ADDED = 5_000_000
 """Bytes that the plugin and a patch set may add to a base."""
 
