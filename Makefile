@@ -4,16 +4,29 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 OUT    ?= out/demo
 
-.PHONY: demo test test-unit lint format matrix clean setup
+.PHONY: demo test test-unit test-containers lint format matrix clean setup
 
 demo: $(VENV)/.installed
 	$(PY) -m ci run 'vllm-0.32.0/plugin/cpu/smollm2-135m' --profile demo --out $(OUT)
 
 test: setup
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --ignore tests/containers $(PYTEST_ARGS)
 
 test-unit: setup
 	$(PY) -m pytest tests/unit $(PYTEST_ARGS)
+
+# Images and containers on a real Docker daemon: the one that answers, or as root one that is
+# installed, started and stopped again. Without the registry of the base image, a base is made.
+BASE := docker.io/library/python:3.11-slim-bookworm
+test-containers: setup
+	images/engine.sh start
+	status=0; \
+	if [ -z "$$DFLASH_IMAGE_BASE" ] && ! docker pull --quiet $(BASE); then \
+		images/engine.sh base dflash-base:bookworm && export DFLASH_IMAGE_BASE=dflash-base:bookworm; \
+	fi; \
+	$(PY) -m pytest tests/containers $(PYTEST_ARGS) || status=$$?; \
+	images/engine.sh stop; \
+	exit $$status
 
 lint: $(VENV)/.installed
 	$(PY) -m ruff check .

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dflash_plugin import errors, matrix
@@ -30,6 +32,7 @@ from . import (
     report,
     serve,
 )
+from .environment import Wanted
 from .pipeline import CHECK, MEASURE
 from .plan import Overrides, Plan, Shard
 from .records import FAILED, CellResult
@@ -87,6 +90,16 @@ def _cell_arguments(parser: argparse.ArgumentParser) -> None:
         help="use this interpreter's engine instead of building an environment",
     )  # fmt: skip
     parser.add_argument(
+        "--env", choices=["venv", "image"], default="venv", help="what engines run in"
+    )
+    parser.add_argument(
+        "--registry", default="", metavar="PREFIX", help="pull images from there (default: build)"
+    )
+    parser.add_argument(
+        "--memory", type=_positive, metavar="GIB", help="of a container (default: half of it all)"
+    )
+    parser.add_argument("--cpus", type=_positive, metavar="N", help="of a container (default: all)")
+    parser.add_argument(
         "--port", type=_port, default=0, help="of the dflash server (default: free)"
     )
     parser.add_argument("--ready-timeout", type=float, default=serve.READY_TIMEOUT, metavar="S")
@@ -98,6 +111,13 @@ def _port(text: str) -> int:
     if not 0 <= port < 1 << 16:
         raise ValueError
     return port
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,6 +137,19 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _plan_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("out/run"), help="results folder")
     parser.add_argument("--resume", action="store_true", help="reuse finished, unchanged stages")
+
+
+def _containers(args: argparse.Namespace) -> Wanted | None:
+    """What ``--env image`` and its limits say."""
+    if args.env == "venv":
+        if args.registry or args.memory or args.cpus:
+            raise UsageError("--registry, --memory and --cpus are for --env image")
+        return None
+    if args.env_python:
+        raise UsageError("--env image and --env-python exclude each other")
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = int(args.memory * (1 << 30)) if args.memory else pages // 2  # a cell has two servers
+    return Wanted(args.registry, memory, args.cpus or float(os.cpu_count() or 1))
 
 
 def _make_plan(args: argparse.Namespace) -> Plan:
@@ -141,6 +174,7 @@ def _make_plan(args: argparse.Namespace) -> Plan:
         reference_draft=args.reference_draft,
         num_speculative_tokens=args.num_speculative_tokens,
         env_python=tuple(pairs),
+        containers=_containers(args),
         port=args.port,
         ready_timeout=args.ready_timeout,
         compiled=args.compiled,
@@ -175,7 +209,9 @@ def _run(args: argparse.Namespace) -> int:
         shutil.rmtree(args.out / pipeline.SHARED, ignore_errors=True)
     for cell in made.cells:
         try:
-            if cell.not_run and cell.engine.id not in named:
+            # A cell for which this machine is not is run where its image is, if it is named.
+            asked = made.overrides.containers is not None and cell.id in args.cells
+            if cell.not_run and cell.engine.id not in named and not asked:
                 result = pipeline.not_run(cell)
             else:
                 result = pipeline.run_cell(cell, made, args.out, stages=stages, resume=args.resume)
@@ -183,6 +219,8 @@ def _run(args: argparse.Namespace) -> int:
             result = pipeline.aborted(cell, err)
             if result.serves.status != FAILED or SERVES not in known(cell.id):
                 error = err
+        if made.overrides.containers is not None and not result.environment:
+            result = replace(result, environment={"kind": "image"})  # nothing ran in one
         results.append(result)
         report.write(args.out, results)
         print(report.summary(result), flush=True)

@@ -1,5 +1,7 @@
 """The ``venv:`` environments that cells run in: found, or built once and kept in the cache.
 
+Those of kind ``image:`` are made by :mod:`ci.containers`.
+
     torch-<version>                one per torch release, below everything else
     └── reference-<key>            transformers and friends: the reference's replay, the tests
     └── torchvision-<key>          for the engines that do not start without it
@@ -50,8 +52,38 @@ _PYTHONS = ("3.12", "3.11", "3.13", "3.14", "3.10")
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """How engines are run in containers.
+
+    ``registry``: where images are pulled from, such as ``ghcr.io/someone/``; empty: they are
+    built here. ``memory``: bytes, ``cpus``: cores, of each container.
+    """
+
+    registry: str
+    memory: int
+    cpus: float
+
+
+@dataclass(frozen=True)
+class Container:
+    """An image, and what each container of it is given.
+
+    ``id``: of the image. ``memory``: bytes, swap included. ``cpus``: cores.
+    """
+
+    image: str
+    id: str
+    memory: int
+    cpus: float
+    gpu: bool
+
+
+@dataclass(frozen=True)
 class Environment:
-    """Somewhere an engine can be started: the rest of the pipeline needs no more than this."""
+    """Somewhere an engine can be started: the rest of the pipeline needs no more than this.
+
+    ``container`` None: a child process of ``python``; else ``path`` is the image's id.
+    """
 
     kind: str
     python: Path
@@ -59,6 +91,7 @@ class Environment:
     plugin: bool
     packages: dict[str, str]
     path: Path
+    container: Container | None = None
 
 
 def env_root() -> Path:

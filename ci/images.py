@@ -24,6 +24,8 @@ from dflash_plugin.errors import DFlashError, UsageError, VerdictFailedError
 from dflash_plugin.matrix import Build, Engine, Matrix
 from dflash_plugin.toml_table import Table, read_toml
 
+from .records import FAILED, CellResult, load_json
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
@@ -32,13 +34,17 @@ else:  # pragma: no cover
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("images")
 BAKE, PINS, PAGE = FOLDER / "docker-bake.hcl", FOLDER / "pins.toml", Path("docs/images.md")
+RESULTS = Path("docs/results")
 DOCKERFILE = FOLDER / "vllm.Dockerfile"
 BEGIN, END = "<!-- images:begin (python -m ci images --write) -->", "<!-- images:end -->"
 WRITTEN = "# Written by `python -m ci images --write`; not edited.\n"
 
 STOCK = "stock"
-VARIANTS = (STOCK, "gemma4", "swa", "all")
-"""``stock``: the plugin beside the engine as published; the others are patch sets."""
+VARIANTS = {
+    "cuda": (STOCK, "gemma4", "swa", "all"),
+    "cpu": (STOCK, "cpu", "gemma4", "swa", "all"),
+}
+"""By platform. ``stock``: the plugin beside the engine as published; the others are patch sets."""
 ACCELERATORS = {"cuda": "cu130", "cpu": "cpu"}
 """Platform of a build in the matrix: what the tag calls it."""
 CPU_BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -106,7 +112,7 @@ def expand(data: Matrix, patches: Path) -> list[Image]:
             build = engine.builds.get(platform)
             if engine.name != "vllm" or build is None or (platform == "cpu" and not build.lock):
                 continue
-            for variant in VARIANTS:
+            for variant in VARIANTS[platform]:
                 if variant == STOCK or (engine.name, engine.version, variant) in sets:
                     found.append(_image(engine, build, variant, patches))
     return found
@@ -232,14 +238,33 @@ def _block(kind: str, name: str, values: Mapping[str, Sequence[str]]) -> str:
     return f'{kind} "{name}" {{\n{"".join(lines)}}}\n'
 
 
-def table(images: Sequence[Image], pins: Mapping[str, str]) -> list[str]:
-    """The Markdown table of images. None is called built: that is what a registry shows."""
+def recorded(root: Path) -> dict[str, list[str]]:
+    """What came out of the recorded runs in containers, by the image's tag."""
+    found: dict[str, list[str]] = {}
+    data = matrix.load()
+    for path in sorted((root / RESULTS).glob("*/*.image.json")):
+        result = CellResult.from_json(load_json(path), str(path))
+        image = result.environment.get("container")
+        if image is None:  # it was not started
+            continue
+        name = image["image"].rpartition("/")[2]
+        known = result.status == FAILED and data.known_failures(result.id)
+        words = result.status.replace("_", " ") + (" (known)" if known else "")
+        found.setdefault(name, []).append(f"`{result.id}` {words}")
+    return found
+
+
+def table(
+    images: Sequence[Image], pins: Mapping[str, str], runs: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """The Markdown table of images: what each is made from, and the runs that are recorded."""
     lines = ["| image | patches | base | pinned | built and run |", "|---|---|---|---|---|"]
     for image in images:
         patches = f"`{image.series_sha256[:12]}`" if image.series_sha256 else "–"
         digest = pins.get(image.base, "")
         pinned = f"`{digest[:19]}`" if digest else NOT_RESOLVED
-        lines.append(f"| `{image.tag}` | {patches} | `{image.base}` | {pinned} | not run |")
+        run = "<br>".join(runs.get(image.tag, ["not run"]))
+        lines.append(f"| `{image.tag}` | {patches} | `{image.base}` | {pinned} | {run} |")
     return lines
 
 
@@ -261,7 +286,7 @@ def texts(images: Sequence[Image], pins: Mapping[str, str], root: Path) -> dict[
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise UsageError(f"{PAGE}: no {BEGIN} … {END} block", hint="put the two lines back")
     head, tail = page.split(BEGIN)[0], page.split(END)[1]
-    block = "\n".join(table(images, pins))
+    block = "\n".join(table(images, pins, recorded(root)))
     return {
         BAKE: bake_text(images, pins, plugin_version(root)),
         PINS: pins_text(bases(images), pins),
@@ -300,6 +325,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accelerator", choices=list(ACCELERATORS.values()), help="only the images for this one"
     )
     what = parser.add_mutually_exclusive_group()
+    what.add_argument("--build", metavar="IMAGE", help="build this one here, with `docker build`")
     what.add_argument("--json", action="store_true", help="every image with its build arguments")
     what.add_argument("--check", action="store_true", help="whether the written files are fresh")
     what.add_argument("--write", action="store_true", help="write bake file, pins and table")
@@ -313,6 +339,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what was asked; the exit code."""
+    if args.build:
+        from . import image_build  # which builds on this module
+
+        image_build.build(image_build.by_tag(args.build))
+        return 0
     images = expand(matrix.load(), ROOT / "patches")
     path = ROOT / PINS
     pins = read_pins(path) if path.exists() else {}
@@ -357,9 +388,21 @@ def _unpinned(images: Sequence[Image], pins: Mapping[str, str]) -> Iterator[str]
             yield f"{PINS.as_posix()}: {name}: {NOT_RESOLVED}: python -m ci images --resolve"
 
 
+def cell_for(image: Image, data: Matrix) -> str:
+    """A cell of a tiny pair that tests ``image``; empty if the matrix has none."""
+    for cell in data.cells:
+        variant = cell.variant.patches or (STOCK if cell.variant.plugin else None)
+        key = (cell.engine.name, cell.engine.version, cell.platform, variant)
+        fits = key == (image.engine, image.version, image.platform, image.variant)
+        if fits and cell.pair.replica and not cell.not_run:
+            return cell.id
+    return ""
+
+
 def _as_json(image: Image, pins: Mapping[str, str]) -> dict[str, Any]:
     return {
         **asdict(image),
+        "cell": cell_for(image, matrix.load()),
         "tag": image.tag,
         "target": image.target,
         "accelerator": image.accelerator,

@@ -140,7 +140,7 @@ class Pip:
 
     def _failure(self, argv: Sequence[str], code: int, start: int) -> Exception:
         text = self.log.read_bytes()[start:].decode(errors="replace")
-        if os.strerror(errno.ENOSPC) in text:
+        if os.strerror(errno.ENOSPC).lower() in text.lower():
             return from_os_error(OSError(errno.ENOSPC, ""), str(self.python.parents[1]))
         tail = "\n".join(f"    {line}" for line in text.strip().splitlines()[1:][-_TAIL:])
         what = " ".join(argv[argv.index("-m") + 1 :][:1]) if "-m" in argv else argv[0]

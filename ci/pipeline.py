@@ -20,7 +20,7 @@ from dflash_plugin.cache import make_dir
 from dflash_plugin.errors import DFlashError, EngineExitedError, UsageError
 from dflash_plugin.matrix import Cell
 
-from . import check, environment, measure, prompts, replay, replicas
+from . import check, environment, image_build, measure, prompts, replay, replicas
 from . import judge as judging
 from .environment import Environment
 from .plan import Overrides, Plan
@@ -311,8 +311,10 @@ def _models(cell: Cell, overrides: Overrides) -> tuple[Path, Path]:
 
 
 def engine_environment(cell: Cell, overrides: Overrides) -> Environment:
-    """The cell's environment: the interpreter the user named, or a built one."""
+    """The cell's environment: its image, the interpreter the user named, or a built one."""
     variant = cell.variant
+    if overrides.containers is not None:
+        return image_build.ensure(cell, overrides.containers)
     for engine_id, python in overrides.env_python:
         if engine_id == cell.engine.id:
             if variant.patches is not None:
@@ -412,11 +414,13 @@ def _fingerprint(folder: Path) -> list[list[Any]]:
 
 
 def _facts(run: CellRun) -> dict[str, Any]:
+    container = run.environment.container
     return {
         "kind": run.environment.kind,
+        **({"container": asdict(container)} if container else {}),
         "packages": dict(run.environment.packages),
         "reference_packages": dict(run.reference.packages),
-        "python": platform.python_version(),
+        "python": run.environment.packages.get("python", platform.python_version()),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": hardware.cpu_model(),
         "cores": os.cpu_count(),

@@ -12,6 +12,7 @@ from dflash_plugin.errors import UnknownCellError, UsageError
 from dflash_plugin.matrix import Cell, Matrix, Profile
 
 from . import prompts
+from .environment import Wanted
 from .prompts import Prompt
 
 
@@ -20,7 +21,8 @@ class Overrides:
     """What a person may change on the command line; None: as the matrix says.
 
     ``reference_draft``: the draft the reference replays with, to hold an engine that
-    serves a doubtful ``draft`` against one known to be good.
+    serves a doubtful ``draft`` against one known to be good. ``containers``: run the engines
+    in their images.
     """
 
     target: Path | None = None
@@ -28,6 +30,7 @@ class Overrides:
     reference_draft: Path | None = None
     num_speculative_tokens: int | None = None
     env_python: tuple[tuple[str, Path], ...] = ()
+    containers: Wanted | None = None
     port: int = 0
     ready_timeout: float = 600.0
     compiled: bool = False

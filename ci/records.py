@@ -108,7 +108,7 @@ def load_json(path: Path) -> Any:
         raise UsageError(f"{path}: not JSON ({err})", hint="delete it and run again") from err
 
 
-def result_path(root: Path, cell_id: str) -> Path:
-    """``<root>/<engine>-<version>/<variant>.<platform>.<pair>.json``."""
+def result_path(root: Path, cell_id: str, *, image: bool = False) -> Path:
+    """``<root>/<engine>-<version>/<variant>.<platform>.<pair>.json``; ``….image.json`` in one."""
     engine, rest = cell_id.split("/", 1)
-    return root / engine / (rest.replace("/", ".") + ".json")
+    return root / engine / (rest.replace("/", ".") + (".image.json" if image else ".json"))

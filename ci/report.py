@@ -66,7 +66,8 @@ def save(results: Sequence[CellResult], root: Path = RESULTS) -> list[Path]:
     """Keep results for the repository: verdicts and numbers, no tokens, no logs."""
     paths = []
     for result in results:
-        path = result_path(root, result.id)
+        image = result.environment.get("kind") == "image"
+        path = result_path(root, result.id, image=image)
         save_json(path, replace(result, raw=_slim(result.raw)).to_json())
         paths.append(path)
     return paths

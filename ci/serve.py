@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dflash_plugin import engines
+from dflash_plugin.backends import process
 from dflash_plugin.backends.process import (
     MODEL_NAME,
     READY_TIMEOUT,
+    Server,
     clean_environment,
     installed_at,
-    serve_all,
 )
 from dflash_plugin.backends.server import ServerClient
 from dflash_plugin.matrix import Cell
@@ -119,9 +120,24 @@ class ServerSpec:
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         """Command line and environment of the server."""
-        options = _SGLANG if self.engine_name == "sglang" else _VLLM
+        args = self.arguments(self.host, port, str(self.draft))
+        engine = installed(self.environment, self.engine_name)
+        command, extra = engines.serve_command(
+            str(self.environment.python), engine, str(self.target), args
+        )
+        record = str(self.record.absolute()) if self.record else ""
+        return command, {**clean_environment(), **extra, **self.variables(str(RECORDER), record)}
+
+    def arguments(self, host: str, port: int, draft: str) -> list[str]:
+        """The engine's own arguments, but for the target.
+
+        Args:
+            host, port: where it listens.
+            draft: the draft's folder as the engine sees it, for a server with one.
+        """
+        options = self._options
         args = [
-            *("--served-model-name", MODEL_NAME, "--host", self.host, "--port", str(port)),
+            *("--served-model-name", MODEL_NAME, "--host", host, "--port", str(port)),
             *("--dtype", self.dtype, options.length, str(self.max_model_len)),
             *(options.sequences, str(self.max_num_seqs), *options.always),
             *self.cell.build.args,
@@ -129,17 +145,19 @@ class ServerSpec:
         ]
         if self.eager:
             args.append(options.eager)
-        if self.draft is not None:
-            k = self.num_speculative_tokens
-            args += engines.speculation(self.engine_name, str(self.draft), k)
-        engine = installed(self.environment, self.engine_name)
-        command, extra = engines.serve_command(
-            str(self.environment.python), engine, str(self.target), args
-        )
+        if self.drafting:
+            args += engines.speculation(self.engine_name, draft, self.num_speculative_tokens)
+        return args
+
+    def variables(self, recorder: str, record: str) -> dict[str, str]:
+        """What the engine's environment has to say.
+
+        Args:
+            recorder, record: folder of the recorder and its file, as the engine sees them.
+        """
+        options = self._options
         env = {
-            **clean_environment(),
             **self.cell.build.env,
-            **extra,
             # Nothing here needs a hub; a look-up would only wait for a time-out.
             "HF_HUB_OFFLINE": "1",
             **options.env,
@@ -148,12 +166,31 @@ class ServerSpec:
         if self.cell.variant.plugin and self.cell.platform == "cpu":
             env |= options.cpu_env
         if self.record is not None:
-            env["PYTHONPATH"] = str(RECORDER)
-            env["DFLASH_RECORD"] = str(self.record.absolute())
+            env["PYTHONPATH"] = recorder
+            env["DFLASH_RECORD"] = record
             plugins.append("dflash_recorder")
         # Named, so that a cell runs what it says and no other plugin of the environment.
         env[options.allowed] = ",".join(plugins) or options.nothing
-        return command, env
+        return env
+
+    @property
+    def _options(self) -> _Options:
+        return _SGLANG if self.engine_name == "sglang" else _VLLM
+
+
+def serve_all(
+    specs: Sequence[ServerSpec], *, timeout: float = READY_TIMEOUT
+) -> contextlib.AbstractContextManager[list[ServerClient]]:
+    """:func:`dflash_plugin.backends.process.serve_all`, in containers where the cell says so."""
+    return process.serve_all(specs, timeout=timeout, server=_server)
+
+
+def _server(spec: ServerSpec, port: int) -> Server:
+    if spec.environment.container is None:
+        return Server(spec, port)
+    from .containers import ContainerServer
+
+    return ContainerServer(spec, port, spec.environment.container)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,15 @@ def install_wheel(checkout: Path, sources_hash: str, pip: Pip) -> None:
     """Build the wheel of ``checkout`` and install it, without its dependencies.
 
     Raises:
+        DFlashError: as :func:`build_wheel`.
+    """
+    pip.install("--no-deps", str(build_wheel(checkout, sources_hash, pip, pip.scratch / "wheel")))
+
+
+def build_wheel(checkout: Path, sources_hash: str, pip: Pip, folder: Path) -> Path:
+    """Build the wheel of ``checkout`` in ``folder``, which has no other; returns its path.
+
+    Raises:
         MissingDependencyError: no hatchling.
         EnvironmentBuildError: pip or hatchling failed, or the sources are not (or no longer)
             those of ``sources_hash``.
@@ -69,7 +78,6 @@ def install_wheel(checkout: Path, sources_hash: str, pip: Pip) -> None:
             f"{sys.executable} has no hatchling, which builds dflash-plugin's wheel",
             hint=f"{sys.executable} -m pip install hatchling",
         )
-    folder = pip.scratch / "wheel"
     argv = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     epoch = os.environ.get("SOURCE_DATE_EPOCH", _EPOCH)
     pip.call([*argv, "--wheel-dir", str(folder), str(checkout)], SOURCE_DATE_EPOCH=epoch)
@@ -83,4 +91,4 @@ def install_wheel(checkout: Path, sources_hash: str, pip: Pip) -> None:
         raise EnvironmentBuildError(
             f"files in {checkout} changed while its wheel was built", hint="run it again"
         )
-    pip.install("--no-deps", str(wheels[0]))
+    return wheels[0]

@@ -212,6 +212,30 @@ class SourceUnreachableError(DFlashError):
     exit_code = 51
 
 
+class DockerUnavailableError(DFlashError):
+    """No Docker daemon answers, or it cannot do what was asked of it."""
+
+    exit_code = 60
+
+
+class ImageMissingError(DFlashError):
+    """A container image is neither on this machine nor to be had from its registry."""
+
+    exit_code = 61
+
+
+class ContainerMemoryError(DFlashError):
+    """A container needed more memory than it was given, and was ended for it."""
+
+    exit_code = 62
+
+
+class ContainerKilledError(DFlashError):
+    """A container was killed or removed from outside while it was in use."""
+
+    exit_code = 63
+
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells use it."""
 

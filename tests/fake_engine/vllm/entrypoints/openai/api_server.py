@@ -9,6 +9,7 @@ Standard library only. Faults, see ``fake_model.faults``:
     noisy_batch(index)  likewise, if not alone              wrong_block    records other drafts
     bad_draft           drafts are always wrong             unrecorded     records nothing
     ignore_sigterm      has to be killed                    grandchild     so has a child of it
+    greedy              takes memory until it has no more
 """
 
 from __future__ import annotations
@@ -209,6 +210,10 @@ def main():
     if "grandchild" in engine.faults:
         child = subprocess.Popen(["sh", "-c", "trap '' TERM; exec sleep 600"])
         print(f"fake engine: grandchild {child.pid}", flush=True)
+    if "greedy" in engine.faults:
+        taken = []
+        while True:
+            taken.append(b"x" * (1 << 24))
     if "exit" in engine.faults:
         fault = engine.faults["exit"]
         for number in range(fault["lines"]):
