@@ -59,7 +59,7 @@ def test_each_release_has_the_variants_it_has_patches_for() -> None:
     sets = set(patchset.available(ROOT / "patches"))
     found = {(i.version, i.platform, i.variant) for i in all_images()}
     for engine in matrix.load().engines.values():
-        for platform in engine.builds:
+        for platform in engine.builds if engine.name == "vllm" else ():
             for variant in images.VARIANTS[platform]:
                 there = variant == images.STOCK or ("vllm", engine.version, variant) in sets
                 assert ((engine.version, platform, variant) in found) == there
