@@ -65,6 +65,8 @@ class Piece:
 class ServerClient:
     """A client of one server; every method may be called from several threads."""
 
+    _version_path = "/version"
+
     def __init__(self, base_url: str, model: str, *, timeout: float = 300.0) -> None:
         try:
             import requests
@@ -270,7 +272,7 @@ class ServerClient:
     def version(self) -> str | None:
         """The engine's version; None where the server does not tell."""
         try:
-            return str(self._json("GET", "/version", None)["version"])
+            return str(self._json("GET", self._version_path, None)["version"])
         except (RequestError, KeyError):
             return None
 

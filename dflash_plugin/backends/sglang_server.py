@@ -20,6 +20,8 @@ from .server import Completion, ServerClient
 class SglangClient(ServerClient):
     """A client of one SGLang server (0.5.18 or newer)."""
 
+    _version_path = "/server_info"
+
     def __init__(self, base_url: str, model: str, *, timeout: float = 300.0) -> None:
         super().__init__(base_url, model, timeout=timeout)
         self._lock = threading.Lock()
@@ -99,13 +101,6 @@ class SglangClient(ServerClient):
             return {int(token): float(value) for value, token, _ in first}
         except (KeyError, IndexError, TypeError, ValueError) as err:
             raise self._unreadable(str(answer)) from err
-
-    def version(self) -> str | None:
-        """The engine's version; None where the server does not tell."""
-        try:
-            return str(self._json("GET", "/server_info", None)["version"])
-        except (RequestError, KeyError):
-            return None
 
     def acceptance(self, num_speculative_tokens: int | None = None) -> AcceptanceStats:
         """What the answers so far said of their verify steps.

@@ -161,6 +161,26 @@ def two_sample_p(a: Sequence[Any], b: Sequence[Any], *, rounds: int = 2000, seed
     return (hits + 1) / (rounds + 1)
 
 
+def require_same_distribution(duo: Duo, ids: Sequence[int], n: int) -> None:
+    """Three tokens drawn at temperature 1, ``3 * n`` times from both: the same distribution."""
+
+    def sample(client: object, temperature: float) -> list[tuple[int, ...]]:
+        body = {"prompt": ids, "max_tokens": 4, "n": n, "ignore_eos": True}
+        rows = []
+        for _ in range(3):  # unseeded: the CPU sampler knows no seed for n > 1
+            answer = post(client, {**body, "temperature": temperature})
+            rows += [tuple(choice["token_ids"]) for choice in answer["choices"]]
+        return rows
+
+    plain, fast = sample(duo.base, 1.0), sample(duo.dflash, 1.0)
+    for position in (1, 2, 3):
+        p = two_sample_p([row[position] for row in plain], [row[position] for row in fast])
+        assert p > 1e-3, f"token {position}: p = {p}"
+    colder = sample(duo.dflash, 0.4)
+    p = two_sample_p([row[1:] for row in plain], [row[1:] for row in colder])
+    assert p < 1e-2, "the comparison cannot tell two distributions apart"
+
+
 def write_lora(folder: Path, target: Path, *, rank: int = 4, scale: float = 0.3) -> Path:
     """A LoRA adapter of random weights on the query and value projections of all layers."""
     import torch

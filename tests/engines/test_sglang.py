@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import requests
-from behaviour import Duo, in_threads, metric, post, prepare, same_or_tie, serve_duo, two_sample_p
+from behaviour import (
+    Duo,
+    in_threads,
+    metric,
+    post,
+    prepare,
+    require_same_distribution,
+    same_or_tie,
+    serve_duo,
+)
 from cell_runs import harness
 
 from ci import judge, replay
@@ -153,23 +162,7 @@ def test_sixteen_requests_of_which_some_are_aborted(duo: Duo) -> None:
 
 
 def test_sampled_answers_follow_the_targets_distribution(duo: Duo) -> None:
-    ids = duo.ids(duo.texts()[5])
-
-    def sample(client: object, temperature: float) -> list[tuple[int, ...]]:
-        body = {"prompt": ids, "max_tokens": 4, "n": 96, "ignore_eos": True}
-        rows = []
-        for _ in range(3):
-            answer = post(client, {**body, "temperature": temperature})
-            rows += [tuple(choice["token_ids"]) for choice in answer["choices"]]
-        return rows
-
-    plain, fast = sample(duo.base, 1.0), sample(duo.dflash, 1.0)
-    for position in (1, 2, 3):
-        p = two_sample_p([row[position] for row in plain], [row[position] for row in fast])
-        assert p > 1e-3, f"token {position}: p = {p}"
-    colder = sample(duo.dflash, 0.4)
-    p = two_sample_p([row[1:] for row in plain], [row[1:] for row in colder])
-    assert p < 1e-2, "the comparison cannot tell two distributions apart"
+    require_same_distribution(duo, duo.ids(duo.texts()[5]), 96)
 
 
 def test_json_schema(duo: Duo) -> None:
