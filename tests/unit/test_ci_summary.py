@@ -42,7 +42,8 @@ def test_every_release_and_platform_has_a_line_oldest_first() -> None:
     results = [CellResult(cell.id, "not_run", "") for cell in data.cells]
     lines = summary.by_release(results, data)[2:]
     assert len(lines) == len({(cell.engine.id, cell.platform) for cell in data.cells})
-    assert lines[0].startswith("| vllm 0.18.1 | cpu |")
+    (first, *_) = (line for line in lines if line.startswith("| vllm"))
+    assert first.startswith("| vllm 0.18.1 | cpu |")
     assert lines[-1].startswith("| vllm 0.33.0 | cuda |")
     assert all("| not run | not run | – |" in line for line in lines)
 
