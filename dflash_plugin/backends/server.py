@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -119,42 +119,17 @@ class ServerClient:
             "stream": True,
             "return_token_ids": True,
         }
-        tokens: list[int] = []
-        sizes: list[int] = []
-        times: list[float] = []
         reason: str | None = None
-        done = False
-        start = time.perf_counter()
-        for event in self._events("/v1/completions", body):
-            if event == "[DONE]":
-                done = True
-                break
-            now = time.perf_counter() - start
-            try:
-                answer = json.loads(event)
-                if isinstance(answer, dict) and "error" in answer:
-                    raise RequestError(
-                        f"{self.base_url}: the server gave up: {event[:300]}",
-                        hint="see the server's log",
-                    )
-                choices = answer["choices"]
-                ids = [int(token) for c in choices for token in c["token_ids"] or []]
-                reason = next((c["finish_reason"] for c in choices if c["finish_reason"]), reason)
-            except (ValueError, KeyError, TypeError, OverflowError) as err:
-                raise RequestError(
-                    f"{self.base_url}: unreadable stream event {event[:200]!r}",
-                    hint="is this a vLLM server of 0.18 or newer?",
-                ) from err
-            if ids:
-                tokens += ids
-                sizes.append(len(ids))
-                times.append(now)
-        if not done:
-            raise RequestError(
-                f"{self.base_url}: the stream ended after {len(tokens)} tokens without [DONE]",
-                hint="see the server's log",
-            )
-        return Completion(tuple(tokens), reason, tuple(sizes), tuple(times))
+
+        def new(event: Any, _known: int) -> list[int]:
+            nonlocal reason
+            choices = event["choices"]
+            ids = [int(token) for c in choices for token in c["token_ids"] or []]
+            reason = next((c["finish_reason"] for c in choices if c["finish_reason"]), reason)
+            return ids
+
+        tokens, sizes, times = self._streamed("/v1/completions", body, new)
+        return Completion(tokens, reason, sizes, times)
 
     def answer(
         self, prompt: Sequence[int], max_tokens: int, *, temperature: float = 0.0
@@ -305,6 +280,51 @@ class ServerClient:
         raise RequestError(
             f"{self.base_url}/metrics: no vllm:spec_decode counters",
             hint="the server runs without speculation; check its --speculative-config",
+        )
+
+    def _streamed(
+        self, path: str, body: Mapping[str, Any], new: Callable[[Any, int], list[int]]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
+        """Tokens of a streamed answer; sizes and times (seconds) of the events that had some.
+
+        ``new``: an event's new token ids, given how many came before; what it raises over an
+        event of another form is an unreadable event.
+        """
+        tokens: list[int] = []
+        sizes: list[int] = []
+        times: list[float] = []
+        done = False
+        start = time.perf_counter()
+        for event in self._events(path, body):
+            if event == "[DONE]":
+                done = True
+                break
+            now = time.perf_counter() - start
+            try:
+                answer = json.loads(event)
+                if isinstance(answer, dict) and "error" in answer:
+                    raise RequestError(
+                        f"{self.base_url}: the server gave up: {event[:300]}",
+                        hint="see the server's log",
+                    )
+                ids = new(answer, len(tokens))
+            except (ValueError, KeyError, TypeError, OverflowError) as err:
+                raise self._unreadable(event) from err
+            if ids:
+                tokens += ids
+                sizes.append(len(ids))
+                times.append(now)
+        if not done:
+            raise RequestError(
+                f"{self.base_url}: the stream ended after {len(tokens)} tokens without [DONE]",
+                hint="see the server's log",
+            )
+        return tuple(tokens), tuple(sizes), tuple(times)
+
+    def _unreadable(self, text: str) -> RequestError:
+        return RequestError(
+            f"{self.base_url}: unreadable stream event {text[:200]!r}",
+            hint="is this a vLLM server of 0.18 or newer?",
         )
 
     def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[str]:

@@ -6,9 +6,7 @@ SGLang's metrics count verify steps but not how many tokens each accepted; every
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,41 +30,19 @@ class SglangClient(ServerClient):
         self, prompt: Sequence[int], max_tokens: int, *, temperature: float = 0.0
     ) -> Completion:
         """As :meth:`ServerClient.complete`."""
-        tokens: list[int] = []
-        sizes: list[int] = []
-        times: list[float] = []
         meta: dict[str, Any] = {}
-        done = False
-        start = time.perf_counter()
-        for event in self._events("/generate", _body(prompt, max_tokens, temperature, stream=True)):
-            if event == "[DONE]":
-                done = True
-                break
-            now = time.perf_counter() - start
-            try:
-                answer = json.loads(event)
-                if "error" in answer:
-                    raise RequestError(
-                        f"{self.base_url}: the server gave up: {event[:300]}",
-                        hint="see the server's log",
-                    )
-                meta = dict(answer["meta_info"])
-                ids = [int(token) for token in answer["output_ids"]]
-                # All so far, or (--incremental-streaming-output) what is new.
-                everything = len(ids) == int(meta["completion_tokens"])
-            except (ValueError, KeyError, TypeError) as err:
-                raise self._unreadable(event) from err
-            new = ids[len(tokens) :] if everything else ids
-            if new:
-                tokens += new
-                sizes.append(len(new))
-                times.append(now)
-        if not done:
-            raise RequestError(
-                f"{self.base_url}: the stream ended after {len(tokens)} tokens without [DONE]",
-                hint="see the server's log",
-            )
-        return Completion(tuple(tokens), self._finished(meta), tuple(sizes), tuple(times))
+
+        def new(event: Any, known: int) -> list[int]:
+            nonlocal meta
+            meta = dict(event["meta_info"])
+            ids = [int(token) for token in event["output_ids"]]
+            # All so far, or (--incremental-streaming-output) what is new.
+            everything = len(ids) == int(meta["completion_tokens"])
+            return ids[known:] if everything else ids
+
+        body = _body(prompt, max_tokens, temperature, stream=True)
+        tokens, sizes, times = self._streamed("/generate", body, new)
+        return Completion(tokens, self._finished(meta), sizes, times)
 
     def answer(
         self, prompt: Sequence[int], max_tokens: int, *, temperature: float = 0.0
