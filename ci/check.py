@@ -16,6 +16,7 @@ from dflash_plugin.backends.server import Completion, ServerClient
 from .judge import first_difference
 from .measure import in_parallel
 from .prompts import Prompt
+from .serve import taps_beside
 
 SETTLE = 0.25
 """Seconds between two looks at a server's counters."""
@@ -130,7 +131,7 @@ def _read(record: Path) -> str:
 
 def _taps(record: Path, prompt: Sequence[int]) -> Any:
     """The tapped states that were recorded of this prompt; None: there are none."""
-    lines = _read(record.with_name(record.name + ".taps")).splitlines()
+    lines = _read(taps_beside(record)).splitlines()
     found = (json.loads(line) for line in lines)
     return next((row for row in found if row["ids"] == list(prompt[: len(row["ids"])])), None)
 

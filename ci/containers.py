@@ -32,7 +32,7 @@ from dflash_plugin.errors import (
 )
 
 from .environment import Container
-from .serve import RECORDER, ServerSpec
+from .serve import RECORDER, ServerSpec, taps_beside
 
 PORT = 8000
 """Where the engine listens inside, as the image says."""
@@ -134,7 +134,8 @@ class ContainerServer(Server):
         self._client = self._client or connect()
         remove_orphans(self._client)
         if self._spec.record is not None:
-            self._spec.record.touch()  # Docker would make a folder of it
+            for path in (self._spec.record, taps_beside(self._spec.record)):
+                path.touch()  # Docker would make a folder of it
         wanted = options(self._spec, self.port, self._given)
         self.begin_log(["docker", "run", self._given.image, shlex.join(wanted["command"])])
         with interrupts_deferred(), errors(f"{self.spec.label}: {self._given.image}"):
@@ -234,7 +235,9 @@ def options(spec: ServerSpec, port: int, given: Container) -> dict[str, Any]:
         mounts.append(draft_mount)
     if spec.record is not None:
         mounts.append((RECORDER, IN_RECORDER, True))
-        mounts.append((spec.record.absolute(), IN_RECORD, False))
+        record = spec.record.absolute()
+        mounts.append((record, IN_RECORD, False))
+        mounts.append((taps_beside(record), str(taps_beside(Path(IN_RECORD))), False))
     # The entry point is the image's: `vllm serve` takes the model without a name.
     model = [target] if given.gpu else ["--model", target]
     threads = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}

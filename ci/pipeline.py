@@ -35,7 +35,7 @@ from .records import (
     load_json,
     overall,
 )
-from .serve import ServerSpec, serve_all
+from .serve import ServerSpec, serve_all, taps_beside
 from .stages import Shared, Stages
 
 CHECK, MEASURE = "check", "measure"
@@ -338,7 +338,7 @@ def _exact(run: CellRun, chosen: list[prompts.Prompt]) -> dict[str, Any]:
     answers = Shared(run.shared, "base", run.base_facts(chosen, max_tokens))
     plain = answers.read()
     record = run.folder / "blocks.jsonl"
-    for old in (record, record.with_name(record.name + ".taps")):
+    for old in (record, taps_beside(record)):
         old.unlink(missing_ok=True)
     # Without a draft first: an engine that cannot serve the target is not the draft's finding.
     specs = [] if plain is not None else [run.server(False, EXACT_DTYPE)]

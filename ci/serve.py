@@ -29,9 +29,15 @@ __all__ = [
     "installed",
     "serve",
     "serve_all",
+    "taps_beside",
 ]
 
 RECORDER = Path(__file__).parent / "recorder"
+
+
+def taps_beside(record: Path) -> Path:
+    """Where the recorder of drafted blocks writes the taps of the first prompts."""
+    return record.with_name(record.name + ".taps")
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,8 @@ def test_models_are_read_only_and_limits_are_set(spec: Any, fake: Fake) -> None:
     assert mounts[containers.DRAFT] == (str(fake.model(half="draft")), True)
     assert mounts[containers.IN_RECORDER][1] is True
     assert mounts[containers.IN_RECORD] == (str(fake.folder / "blocks.jsonl"), False)
+    taps = (str(fake.folder / "blocks.jsonl.taps"), False)
+    assert mounts[containers.IN_RECORD + ".taps"] == taps
     assert asked["ports"] == {"8000/tcp": ("127.0.0.1", 4321)}
     assert "network_mode" not in asked
     assert asked["mem_limit"] == asked["memswap_limit"] == 4 << 30
