@@ -12,6 +12,7 @@ from dflash_plugin.backends import process
 from dflash_plugin.backends.process import (
     MODEL_NAME,
     READY_TIMEOUT,
+    SHARED,
     Server,
     clean_environment,
     installed_at,
@@ -74,10 +75,8 @@ _SGLANG = _Options(
     length="--context-length",
     sequences="--max-running-requests",
     eager="--disable-cuda-graph",
-    # A scheduler with nothing to do would keep a core busy, and two servers share them.
-    always=("--enable-metrics", "--sleep-on-idle"),
-    # A health check would generate a token each time, and wait a second for it.
-    env={"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"},
+    always=("--enable-metrics", *SHARED["sglang"][0]),
+    env=SHARED["sglang"][1],
     # Also where there is a GPU: the cell is the CPU's.
     cpu_env={"SGLANG_PLATFORM": "dflash_cpu"},
     plugins=("dflash", "dflash_cpu"),

@@ -31,6 +31,13 @@ from .sglang_server import SglangClient
 
 CLIENTS: Mapping[str, type[ServerClient]] = {"vllm": ServerClient, "sglang": SglangClient}
 MODEL_NAME = "target"
+SHARED: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
+    "vllm": ((), {}),
+    # A scheduler with nothing to do would keep a core busy, and several servers share them. A
+    # health check would generate a token each time, and wait a second for it.
+    "sglang": (("--sleep-on-idle",), {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}),
+}
+"""Arguments and environment of servers that run side by side on one machine."""
 READY_TIMEOUT = 600.0
 STOP_GRACE = 15.0
 """Seconds between SIGTERM and SIGKILL."""

@@ -148,8 +148,8 @@ def _at_urls(args: argparse.Namespace) -> int:
 def _served(args: argparse.Namespace, engine_args: Sequence[str]) -> int:
     if args.base_url or args.baseline_url:
         raise UsageError("--serve starts the servers itself", hint="drop the URLs, or --serve")
-    launch.refuse_speculation(engine_args)
     engine = servers.find_engine(args.backend, args.engine_python)
+    launch.refuse_speculation(engine_args, engine.name)
     resolved = launch.resolve_pair(args.model or launch.DEMO, args.draft_model)
     pair.require(resolved.preflight(_k(args)))
     most = pair.DraftConfig.from_dir(resolved.draft_dir).max_speculative_tokens
@@ -165,7 +165,7 @@ def _served(args: argparse.Namespace, engine_args: Sequence[str]) -> int:
     facts["draft_sha256"] = (resolved.draft_sha256 or {}).get("model.safetensors")
     if args.sweep_k:
         return _swept(args, starter, resolved, most, facts)
-    peers = [servers.peer_arm(spec, k) for spec in args.peer]
+    peers = [servers.peer_arm(spec, k, engine.name) for spec in args.peer]
     plan = _plan(args, [Arm(BASE), servers.dflash_arm(resolved, k), *peers], resolved.draft)
     with _open(args, plan.settings(facts)) as store:
         if not run.todo(plan, store):

