@@ -13,9 +13,12 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 _ROWS = 8
 """Rows the arrangement is chosen for; others are computed with it as well."""
+_PAGEOUT = 21
+"""Linux's MADV_PAGEOUT, which the standard library does not name: the content is kept."""
 
 
 class PackedLinear(nn.Module):
@@ -35,25 +38,26 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module) -> int:
-    """Pack every plain linear layer in ``model`` whose matrix nothing else refers to.
+    """Pack every plain linear layer in ``model`` whose matrix nothing else refers to, and its head.
 
-    A tied head stays as it is: it would be in memory twice. Done in place and for
-    good, so only for a model that nobody else has.
+    A tied head's matrix stays for the embedding; a second copy would be made at each call
+    otherwise. Done in place and for good, so only for a model that nobody else has.
 
     Returns:
         how many layers; 0 where it does not pay or cannot be done (see :func:`pays`).
     """
     used = Counter(p.data_ptr() for p in _tensors(model))
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     layers = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and used[child.weight.data_ptr()] == 1
+        if type(child) is nn.Linear and (used[child.weight.data_ptr()] == 1 or child is head)
     ]
     layers = [found for found in layers if pays(found[2].weight)]
     for parent, name, linear in layers:
         setattr(parent, name, PackedLinear(linear.weight, linear.bias))
-        _release(linear.weight)
+        _release(linear.weight, read_again=used[linear.weight.data_ptr()] > 1)
     return len(layers)
 
 
@@ -74,18 +78,17 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [p for module in model.modules() for p in module.parameters(recurse=False)]
 
 
-def _release(weight: Tensor) -> None:
-    """Give back the memory of a tensor that is not read again.
+def _release(weight: Tensor, *, read_again: bool) -> None:
+    """Give back the memory of a tensor, with ``read_again`` as far as its file has the content.
 
     Checkpoints are mapped: their pages count as the process's until the file is
     unmapped, and a single tensor of it, such as the embedding, keeps it.
     """
     if sys.platform != "linux":
         return
+    advice = _PAGEOUT if read_again else mmap.MADV_DONTNEED
     page = mmap.PAGESIZE
     start = -(-weight.data_ptr() // page) * page
     end = (weight.data_ptr() + weight.nbytes) // page * page
     if end > start:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
-        )
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

@@ -78,7 +78,10 @@ def test_text_is_the_plain_greedy_one(name):
     model = replicas.make_target(name)
     prompts = [replicas.prompt(length, i) for i, length in enumerate((5, 31))]
     own = [replicas.plain(model, ids, LENGTH) for ids in prompts]
+    embedding = model.get_input_embeddings().weight.clone()
     assert pack(model) > 10
+    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
     plain = load(model, None).generate(prompts, max_tokens=LENGTH, ignore_eos=True)
     assert [result.token_ids for result in plain] == own
     texts = [ids + text for ids, text in zip(prompts, own, strict=True)]
