@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,8 @@ from transformers import PreTrainedModel
 
 _ROWS = 8
 """Rows the arrangement is chosen for; others are computed with it as well."""
-_PAGEOUT = 21
-"""Linux's MADV_PAGEOUT, which the standard library does not name: the content is kept."""
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
+"""A mapping's first line in Linux's ``smaps``: from, to and inode, 0 without a file."""
 
 
 class PackedLinear(nn.Module):
@@ -79,16 +81,32 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _release(weight: Tensor, *, read_again: bool) -> None:
-    """Give back the memory of a tensor, with ``read_again`` as far as its file has the content.
+    """Give back the memory of a tensor; with ``read_again`` if its file has the content.
 
     Checkpoints are mapped: their pages count as the process's until the file is
     unmapped, and a single tensor of it, such as the embedding, keeps it.
     """
     if sys.platform != "linux":
         return
-    advice = _PAGEOUT if read_again else mmap.MADV_DONTNEED
     page = mmap.PAGESIZE
     start = -(-weight.data_ptr() // page) * page
     end = (weight.data_ptr() + weight.nbytes) // page * page
-    if end > start:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+    if end > start and (not read_again or _is_of_a_file(start, end)):
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED
+        )
+
+
+def _is_of_a_file(start: int, end: int) -> bool:
+    """Whether these addresses are within one mapped file, and nothing was written there.
+
+    Pages that were written are anonymous memory, and gone when they are given back.
+    """
+    inside = mapped = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := _MAPPING.match(line):
+            low, high, inode = int(found[1], 16), int(found[2], 16), int(found[3])
+            inside, mapped = low <= start and end <= high, inode != 0
+        elif inside and line.startswith("Anonymous:"):
+            return mapped and line.split()[1] == "0"
+    return False

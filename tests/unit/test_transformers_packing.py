@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,24 @@ def test_blocks_of_a_packed_draft_are_the_references():
     found = load(model, draft).generate(ids, max_tokens=LENGTH, ignore_eos=True)
     assert found.token_ids == expected.token_ids
     assert [s.drafted for s in found.steps[1:]] == [s.draft for s in expected.steps]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's smaps")
+def test_memory_of_an_embedding_is_given_back_only_where_its_file_has_it(tmp_path):
+    path, count = tmp_path / "weights", 3 * mmap.PAGESIZE
+    path.write_bytes(bytes([7]) * count)
+    kinds = {
+        "mapped": torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8),
+        "written": torch.from_file(str(path), shared=False, size=count, dtype=torch.uint8),
+        "own": torch.full((count,), 7, dtype=torch.uint8),
+    }
+    kinds["written"][mmap.PAGESIZE] = 8
+    expected = {name: tensor.clone() for name, tensor in kinds.items()}
+    for name, tensor in kinds.items():
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        assert packing._is_of_a_file(start, start + count) == (name == "mapped")
+        packing._release(tensor, read_again=True)
+        assert torch.equal(tensor, expected[name])
 
 
 @pytest.fixture
