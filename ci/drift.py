@@ -46,19 +46,19 @@ class Row:
     suggestion: str
 
 
-def run(chosen: Sequence[tuple[str, str]], *, to: str | None, as_json: bool) -> int:
+def run(chosen: Sequence[tuple[str, str, str]], *, to: str | None, as_json: bool) -> int:
     """``python -m ci patches --drift``: the report; 1 if a newer release needs work.
 
     Args:
-        chosen: (release, variant) of each set.
+        chosen: (engine, release, variant) of each set.
         to: the release to hold them against; None: each against the next that is at hand.
     """
     rows: list[Row] = []
-    for version, variant in chosen:
-        tree = _newer(version, to)
+    for engine, version, variant in chosen:
+        tree = _newer(engine, version, to)
         if tree is not None:
-            rows += report(patchset.load(patch_files.ROOT, "vllm", version, variant).patches, tree,
-                           f"{version}/{variant}")  # fmt: skip
+            one = patchset.load(patch_files.ROOT, engine, version, variant)
+            rows += report(one.patches, tree, one.id)
     if not rows:
         raise UsageError(
             "no newer release is at hand, so nothing was compared",
@@ -95,7 +95,7 @@ def report(patches: Sequence[Patch], tree: Tree, name: str) -> list[Row]:
             line for shim in patch.replaces_shims for line in sources.differences(
                 shims.load(shim), read)
         )  # fmt: skip
-        needed = _needed(patch, tree.version)
+        needed = _needed(patch, tree)
         if needed is False:
             status = UPSTREAMED
         rows.append(
@@ -155,10 +155,10 @@ def _all(text: str, blocks: Sequence[Sequence[str]]) -> bool:
     return all("".join(block) in text for block in blocks)
 
 
-def _needed(patch: Patch, version: str) -> bool | None:
+def _needed(patch: Patch, tree: Tree) -> bool | None:
     """Whether ``support`` still has the difference in that release; None: an unknown release."""
-    base = Version(version)
-    rows = support.vllm_differences()
+    base = Version(tree.version)
+    rows = support.differences(tree.engine)
     if base > max(Version(row.last) for row in rows):
         return None
     there = {row.shim for row in rows if Version(row.first) <= base <= Version(row.last)}
@@ -183,8 +183,8 @@ def _suggestion(
     return False, "keep it: the shim knows these sources; --write finds the new lines"
 
 
-def _newer(version: str, to: str | None) -> Tree | None:
-    wanted = [tree for tree in trees(to) if Version(tree.version) > Version(version)]
+def _newer(engine: str, version: str, to: str | None) -> Tree | None:
+    wanted = [tree for tree in trees(engine, to) if Version(tree.version) > Version(version)]
     return wanted[0] if wanted else None
 
 
@@ -193,7 +193,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     width = max(len(row.patch) for row in rows)
     lines = []
     for row in rows:
-        lines.append(f"{row.set:14} -> {row.release:8} {row.patch:{width}}  {row.status}")
+        lines.append(f"{row.set:20} -> {row.release:8} {row.patch:{width}}  {row.status}")
         if row.status == CONFLICTS or row.work:
             lines += [f"    {line}" for line in (row.hunk, *row.sources) if line]
         if row.status != APPLIES or row.work:

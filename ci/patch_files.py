@@ -1,4 +1,4 @@
-"""``patches/vllm/`` from ``repairs.toml``, the shims and the engines' sources.
+"""``patches/<engine>/`` from its ``repairs.toml``, the shims and the engine's sources.
 
 A patch puts one call below the definitions that its shim knows; git writes it, so that it is
 what anybody gets who makes the same change by hand.
@@ -27,6 +27,7 @@ from dflash_plugin.toml_table import Table, read_toml
 from .engine_sources import Tree
 
 ROOT = Path(__file__).parents[1] / "patches"
+ENGINES = ("vllm", "sglang")
 VARIANTS = ("core", "swa", "gemma4", "cpu")
 ALL = "all"
 AUTHOR = "dflash-plugin contributors"
@@ -66,14 +67,15 @@ class Repair:
 
 @dataclass(frozen=True)
 class Repairs:
-    """The whole of ``repairs.toml``."""
+    """The whole of an engine's ``repairs.toml``."""
 
+    engine: str
     releases: tuple[str, ...]
     by_shim: dict[str, Repair]
 
     def of(self, version: str, variant: str) -> list[Repair]:
         """The repairs of one set, in the order in which the plugin applies them."""
-        found = [self.by_shim[name] for name in _needed(version)]
+        found = [self.by_shim[name] for name in _needed(self.engine, version)]
         return [repair for repair in found if variant in (ALL, repair.variant)]
 
     def sets(self) -> Iterator[tuple[str, str, list[Repair]]]:
@@ -85,13 +87,13 @@ class Repairs:
                     yield version, variant, repairs
 
 
-def read(root: Path | None = None) -> Repairs:
-    """``<root>/vllm/repairs.toml``.
+def read(engine: str, root: Path | None = None) -> Repairs:
+    """``<root>/<engine>/repairs.toml``.
 
     Raises:
         MatrixError: it breaks its form, has a shim twice, or lacks one that a release needs.
     """
-    path = (root or ROOT) / "vllm" / "repairs.toml"
+    path = (root or ROOT) / engine / "repairs.toml"
     top = Table(path, "top level", read_toml(path))
     releases, updated = top.strings("releases"), top.take("updated", date)
     found: dict[str, Repair] = {}
@@ -109,22 +111,22 @@ def read(root: Path | None = None) -> Repairs:
             updated=updated,
         )
         table.reference("variant", repair.variant, dict.fromkeys(VARIANTS))
-        table.reference("shim", name, shims.NAMES)
+        table.reference("shim", name, shims.names(engine))
         if name in found:
             raise table.error("this shim has a repair already")
         table.finish()
         found[name] = repair
     top.finish()
-    missing = {name for version in releases for name in _needed(version)} - set(found)
+    missing = {name for version in releases for name in _needed(engine, version)} - set(found)
     if missing:
         raise top.error(f"no [[repair]] for shim {', '.join(sorted(missing))}")
-    return Repairs(releases, found)
+    return Repairs(engine, releases, found)
 
 
-def _needed(version: str) -> list[str]:
+def _needed(engine: str, version: str) -> list[str]:
     """The shims of a release, on any platform, in the order in which the plugin applies them."""
     base = Version(version)
-    rows = support.vllm_differences()
+    rows = support.differences(engine)
     return list(dict.fromkeys(d.shim for d in rows if Version(d.first) <= base <= Version(d.last)))
 
 
@@ -146,7 +148,7 @@ def changed(text: str, repair: Repair, shim: Shim) -> str:
         gone = ", ".join(sorted(wanted - set(ends)))
         raise UsageError(
             f"{shim.module} has no top-level {gone}, below which {repair.file} puts its call",
-            hint="correct `after` in patches/vllm/repairs.toml",
+            hint="correct `after` in repairs.toml",
         )
     lines = text.splitlines(keepends=True)
     at = max(ends.values())
@@ -209,9 +211,9 @@ def render(tree: Tree, repairs: Sequence[Repair]) -> dict[str, str]:
     return files
 
 
-def write(tree: Tree, version: str, variant: str, repairs: Sequence[Repair], root: Path) -> bool:
+def write(tree: Tree, variant: str, repairs: Sequence[Repair], root: Path) -> bool:
     """Write one set's files; True if anything changed."""
-    folder = root / "vllm" / version / variant
+    folder = root / tree.engine / tree.version / variant
     files = render(tree, repairs)
     old = {path.name: path.read_text("utf-8") for path in folder.glob("*")}
     if old == files:

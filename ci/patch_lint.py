@@ -22,21 +22,24 @@ def problems(root: Path | None = None) -> list[str]:
     """Every problem of the patch sets below ``root``, one line each."""
     root = root or patch_files.ROOT
     try:
-        repairs = patch_files.read(root)
+        repairs = {engine: patch_files.read(engine, root) for engine in patch_files.ENGINES}
     except DFlashError as err:
         return [err.message]
-    wanted = {("vllm", version, variant) for version, variant, _ in repairs.sets()}
+    wanted = {
+        (engine, version, variant)
+        for engine, of_engine in repairs.items()
+        for version, variant, _ in of_engine.sets()
+    }
     there = set(patchset.available(root))
     found = [f"patches/{'/'.join(one)}: missing: {_REFRESH}" for one in sorted(wanted - there)]
     found += [
         f"patches/{'/'.join(one)}: not asked for by repairs.toml: remove it, or list its release"
         for one in sorted(there - wanted)
-        if one[0] == "vllm"
     ]
-    for one in sorted(there):
-        found += _set_problems(root, *one, repairs)
+    for engine, version, variant in sorted(there):
+        found += _set_problems(root, engine, version, variant, repairs.get(engine))
     folders = {root.joinpath(*one) for one in there}
-    known = {root / "README.md", root / "vllm" / "repairs.toml"}
+    known = {root / "README.md", *(root / engine / "repairs.toml" for engine in repairs)}
     found += [
         f"patches/{path.relative_to(root)}: in no set (a set is a folder with a series)"
         for path in sorted(root.rglob("*"))
@@ -46,7 +49,7 @@ def problems(root: Path | None = None) -> list[str]:
 
 
 def _set_problems(
-    root: Path, engine: str, version: str, variant: str, repairs: Repairs
+    root: Path, engine: str, version: str, variant: str, repairs: Repairs | None
 ) -> list[str]:
     folder = root / engine / version / variant
     where = f"patches/{engine}/{version}/{variant}"
@@ -61,8 +64,8 @@ def _set_problems(
         if path.name not in {*names, "series"}
     ]
     for patch in one.patches:
-        found += [f"{where}/{patch.name}: {what}" for what in patch_problems(patch)]
-    if engine == "vllm":
+        found += [f"{where}/{patch.name}: {what}" for what in patch_problems(patch, engine)]
+    if repairs is not None:
         expected = repairs.of(version, variant)
         if [repair.file for repair in expected] != [patch.name for patch in one.patches]:
             found.append(f"{where}/series: not the order of support.py: {_REFRESH}")
@@ -76,8 +79,8 @@ def _set_problems(
     return found
 
 
-def patch_problems(patch: Patch) -> list[str]:
-    """What is wrong with one patch that was read."""
+def patch_problems(patch: Patch, engine: str) -> list[str]:
+    """What is wrong with one patch that was read, of an engine."""
     found = []
     lines = patch.text.count("\n")
     if lines > MAX_LINES:
@@ -87,7 +90,7 @@ def patch_problems(patch: Patch) -> list[str]:
     found += [
         f"replaces shim {name!r}, which there is not"
         for name in patch.replaces_shims
-        if name not in shims.NAMES
+        if name not in shims.names(engine)
     ]
     for file in patch.files:
         for number, hunk in enumerate(file.hunks, 1):

@@ -42,7 +42,7 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``python -m ci patches``."""
-    parser.add_argument("--engine", choices=["vllm"], default="vllm", help="of this engine only")
+    parser.add_argument("--engine", choices=patch_files.ENGINES, help="of this engine only")
     parser.add_argument("--version", help="of this release only")
     parser.add_argument("--variant", help="of this variant only")
     parser.add_argument(
@@ -63,23 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``python -m ci patches …``; returns the exit code."""
+    hint = "python -m ci patches --drift --engine ENGINE --to VERSION"
     if args.to and not args.drift:
-        raise UsageError("--to is for --drift", hint="python -m ci patches --drift --to VERSION")
+        raise UsageError("--to is for --drift", hint=hint)
+    if args.to and not args.engine:
+        raise UsageError(f"--to {args.to}: a release of which engine?", hint=hint)
     chosen = [
-        (version, variant)
-        for engine, version, variant in patchset.available(patch_files.ROOT)
-        if engine == args.engine and args.version in (None, version)
-        and args.variant in (None, variant)
+        one
+        for one in patchset.available(patch_files.ROOT)
+        if all(asked in (None, found) for asked, found in zip(
+            (args.engine, args.version, args.variant), one, strict=True))
     ]  # fmt: skip
     if args.fetch:
-        engine_sources.fetch(args.to)
+        for engine in _engines(args):
+            engine_sources.fetch(engine, args.to)
     if args.write:
         return _write(args)
     if not chosen:
         raise UsageError("no such patch set", hint="dflash-plugin patch list shows them")
     if args.drift:
         return drift.run(chosen, to=args.to, as_json=args.json)
-    rows = [row for version, variant in chosen for row in check_all(version, variant, args)]
+    rows = [row for one in chosen for row in check_all(*one, imports=not args.no_import)]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
     else:
@@ -97,13 +101,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_all(version: str, variant: str, args: argparse.Namespace) -> list[Row]:
+def check_all(engine: str, version: str, variant: str, *, imports: bool) -> list[Row]:
     """One set on every tree of its release that is at hand."""
-    found = trees(version)
+    found = trees(engine, version)
     if not found:
-        why = f"no sources of vLLM {version} at hand"
-        return [Row(f"{version}/{variant}", "", 0, dict.fromkeys(CHECKS, NOT_RUN), (why,))]
-    return [check(tree, variant, imports=not args.no_import) for tree in found]
+        why = f"no sources of {engine} {version} at hand"
+        name = f"{engine}/{version}/{variant}"
+        return [Row(name, "", 0, dict.fromkeys(CHECKS, NOT_RUN), (why,))]
+    return [check(tree, variant, imports=imports) for tree in found]
 
 
 def check(tree: Tree, variant: str, *, imports: bool, root: Path | None = None) -> Row:
@@ -111,9 +116,9 @@ def check(tree: Tree, variant: str, *, imports: bool, root: Path | None = None) 
     root = root or patch_files.ROOT
     done: dict[str, str] = dict.fromkeys(CHECKS, NOT_RUN)
     notes: list[str] = []
-    name = f"{tree.version}/{variant}"
+    name = f"{tree.engine}/{tree.version}/{variant}"
     try:
-        one = patchset.load(root, "vllm", tree.version, variant)
+        one = patchset.load(root, tree.engine, tree.version, variant)
         old = {path: (tree.site / path).read_bytes().decode() for path in one.paths}
         new = patched_texts(one, old)
     except (DFlashError, OSError) as err:
@@ -124,8 +129,9 @@ def check(tree: Tree, variant: str, *, imports: bool, root: Path | None = None) 
         done[check] = FAILED if wrong else PASSED
         notes.extend(wrong)
 
-    rendered = patch_files.render(tree, patch_files.read(root).of(tree.version, variant))
-    folder = root / "vllm" / tree.version / variant
+    repairs = patch_files.read(tree.engine, root).of(tree.version, variant)
+    rendered = patch_files.render(tree, repairs)
+    folder = root / tree.engine / tree.version / variant
     stale = [n for n, text in rendered.items() if (folder / n).read_text("utf-8") != text]
     settle("written", [f"{n} is stale: python -m ci patches --write" for n in stale])
     settle("compiles", _compiles(new))
@@ -194,7 +200,7 @@ def _imports(tree: Tree, one: PatchSet, new: Mapping[str, str]) -> tuple[list[st
         errors = {module: text for module, text in errors.items() if module not in plain}
     wrong = [f"{module}: {text}" for module, text in errors.items()]
     without = {line.partition(":")[0] for line in (*not_here, *wrong)}
-    needed = support.decide("vllm", tree.version, "cpu").shims
+    needed = support.decide(tree.engine, tree.version, "cpu").shims
     wrong += [
         f"{name}: imported, and not in place"
         for name in one.replaces_shims
@@ -205,11 +211,14 @@ def _imports(tree: Tree, one: PatchSet, new: Mapping[str, str]) -> tuple[list[st
 
 
 def _work(tree: Tree, asked: Mapping[str, object]) -> dict[str, dict[str, str]]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    engines_own = ("VLLM_", "SGLANG_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(engines_own)}
+    # "none": SGLang takes an empty list for all.
+    no_plugins = {"VLLM_PLUGINS": "", "SGLANG_PLUGINS": "none"}
     done = subprocess.run(
         [str(tree.python), str(_WORKER)],
         input=json.dumps(asked),
-        env={**clean, "PYTHONPATH": str(_CHECKOUT), "VLLM_PLUGINS": ""},
+        env={**clean, "PYTHONPATH": str(_CHECKOUT), **no_plugins},
         capture_output=True,
         text=True,
         check=False,
@@ -223,23 +232,27 @@ def _work(tree: Tree, asked: Mapping[str, object]) -> dict[str, dict[str, str]]:
 
 
 def _write(args: argparse.Namespace) -> int:
-    repairs = patch_files.read()
-    for version, variant, wanted in repairs.sets():
-        if args.version not in (None, version) or args.variant not in (None, variant):
-            continue
-        here = trees(version)
-        if not here:
-            print(f"{version}/{variant}: not written: no sources at hand (--fetch)")
-            continue
-        changed = patch_files.write(here[0], version, variant, wanted, patch_files.ROOT)
-        print(f"{version}/{variant}: {'written' if changed else 'unchanged'}, from {here[0].id}")
+    for engine in _engines(args):
+        for version, variant, wanted in patch_files.read(engine).sets():
+            if args.version not in (None, version) or args.variant not in (None, variant):
+                continue
+            name, here = f"{engine}/{version}/{variant}", trees(engine, version)
+            if not here:
+                print(f"{name}: not written: no sources at hand (--fetch)")
+                continue
+            changed = patch_files.write(here[0], variant, wanted, patch_files.ROOT)
+            print(f"{name}: {'written' if changed else 'unchanged'}, from {here[0].id}")
     return 0
 
 
+def _engines(args: argparse.Namespace) -> tuple[str, ...]:
+    return (args.engine,) if args.engine else patch_files.ENGINES
+
+
 def _table(rows: Sequence[Row]) -> list[str]:
-    lines = [f"{'set':14} {'sources':18} {'patches':>7}  " + "  ".join(f"{c:8}" for c in CHECKS)]
+    lines = [f"{'set':20} {'sources':18} {'patches':>7}  " + "  ".join(f"{c:8}" for c in CHECKS)]
     for row in rows:
         told = "  ".join(f"{row.checks[check]:8}" for check in CHECKS)
-        lines.append(f"{row.set:14} {row.tree or '-':18} {row.patches:7}  {told}".rstrip())
+        lines.append(f"{row.set:20} {row.tree or '-':18} {row.patches:7}  {told}".rstrip())
         lines += [f"    {note}" for note in row.notes]
     return lines

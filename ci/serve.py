@@ -45,8 +45,9 @@ def taps_beside(record: Path) -> Path:
 class _Options:
     """What an engine calls the things that every server here is started with.
 
-    ``plugins``: this package's entry points. ``allowed``: the variable that names the plugins
-    to load, and ``nothing`` its value for none.
+    ``plugins``: this package's entry points, which repair a running engine; ``cpu_plugins``:
+    those that add a platform, without which a patched engine does not run either. ``allowed``:
+    the variable that names the plugins to load, and ``nothing`` its value for none.
     """
 
     length: str
@@ -56,6 +57,7 @@ class _Options:
     env: Mapping[str, str]
     cpu_env: Mapping[str, str]
     plugins: tuple[str, ...]
+    cpu_plugins: tuple[str, ...]
     allowed: str
     nothing: str
 
@@ -68,6 +70,7 @@ _VLLM = _Options(
     env={"VLLM_NO_USAGE_STATS": "1"},
     cpu_env={},
     plugins=("dflash",),
+    cpu_plugins=(),
     allowed="VLLM_PLUGINS",
     nothing="",
 )
@@ -79,7 +82,8 @@ _SGLANG = _Options(
     env=SHARED["sglang"][1],
     # Also where there is a GPU: the cell is the CPU's.
     cpu_env={"SGLANG_PLATFORM": "dflash_cpu"},
-    plugins=("dflash", "dflash_cpu"),
+    plugins=("dflash",),
+    cpu_plugins=("dflash_cpu",),
     allowed="SGLANG_PLUGINS",
     nothing="none",  # an empty list allows everything
 )
@@ -160,16 +164,17 @@ class ServerSpec:
         Args:
             recorder, record: folder of the recorder and its file, as the engine sees them.
         """
-        options = self._options
+        options, variant = self._options, self.cell.variant
         env = {
             **self.cell.build.env,
             # Nothing here needs a hub; a look-up would only wait for a time-out.
             "HF_HUB_OFFLINE": "1",
             **options.env,
         }
-        plugins = list(options.plugins) if self.cell.variant.plugin else []
-        if self.cell.variant.plugin and self.cell.platform == "cpu":
+        plugins = list(options.plugins) if variant.plugin else []
+        if self.cell.platform == "cpu" and (variant.plugin or variant.patches is not None):
             env |= options.cpu_env
+            plugins += options.cpu_plugins
         if self.record is not None:
             env["PYTHONPATH"] = recorder
             env["DFLASH_RECORD"] = record

@@ -108,7 +108,7 @@ def differences(shim_of: Callable[[str], Shim] = shims.load) -> list[str]:
         "",
     ]
     rows: dict[str, list[support.Difference]] = {}
-    for row in support.vllm_differences():
+    for row in support.differences("vllm"):
         rows.setdefault(row.shim, []).append(row)
     for name, where in rows.items():
         shim = shim_of(name)

@@ -25,6 +25,11 @@ PATCH_STATE = "dflash-plugin-patch.json"
 """Beside METADATA of an engine that ``dflash-plugin patch`` has changed: what was done to it."""
 PATCH_STAGING = ".dflash-plugin-patch"
 """In its site-packages while that command is at work, and after it was stopped half-way."""
+HALF_PATCHED = (
+    "a patch command was stopped half-way, so files of this engine may be old or new; run "
+    "`dflash-plugin patch status`, which settles it"
+)
+"""What an engine's log says then."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import engines, patchset
-from .errors import EngineNotFoundError, PatchError, PatchStateError, UsageError
+from . import engines, patchset, support
+from .errors import (
+    EngineNotFoundError,
+    PatchError,
+    PatchStateError,
+    PatchVersionError,
+    UsageError,
+)
 from .patchset import GitTree, PatchSet, Tree, distinfo
 
 T = TypeVar("T")
@@ -187,7 +193,13 @@ def _set(args: argparse.Namespace, tree: Tree) -> PatchSet:
         raise UsageError(
             f"{tree.root}: a git checkout does not say its release", hint="name it with --release"
         )
-    return patchset.load(_root(args), tree.engine, release, args.variant)
+    try:
+        return patchset.load(_root(args), tree.engine, release, args.variant)
+    except PatchVersionError as err:
+        decision = support.decide(tree.engine, release, "cpu")
+        if decision.usable:
+            raise
+        raise PatchVersionError(f"{err.message}: {decision.reason}", hint=err.hint) from err
 
 
 def _tree(args: argparse.Namespace) -> Tree:

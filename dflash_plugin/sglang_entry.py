@@ -7,7 +7,7 @@ engine: whatever goes wrong here, SGLang runs as if the package were not install
 from __future__ import annotations
 
 import logging
-import os
+from dataclasses import replace
 
 _ANNOUNCED = "DFLASH_PLUGIN_ANNOUNCED_SGLANG"
 _registered = False
@@ -23,12 +23,14 @@ def register() -> None:
     log = logging.getLogger("sglang.dflash_plugin")
     try:
         from . import engines, support
+        from .shims import sglang_device
 
         engine = engines.find("sglang")
         if engine is None:
             return
-        platform = "cpu" if _cpu_wanted() else engine.platform
-        decision = support.decide("sglang", engine.version, platform)
+        if engine.half_patched:
+            log.warning("dflash-plugin: %s", engines.HALF_PATCHED)
+        decision = support.decide_for(replace(engine, platform=sglang_device.platform(engine)))
         engines.announce(log, decision.line(), _ANNOUNCED)
         if decision.shims:
             from . import shims
@@ -47,11 +49,12 @@ def activate() -> str | None:
     log = logging.getLogger("sglang.dflash_plugin")
     try:
         from . import engines, support
+        from .shims import sglang_device
 
         engine = engines.find("sglang")
-        if engine is None or not _cpu_wanted():
+        if engine is None or not sglang_device.cpu_wanted():
             return None
-        decision = support.decide("sglang", engine.version, "cpu")
+        decision = support.decide_for(replace(engine, platform="cpu"))
         if not decision.usable:
             log.warning("dflash-plugin: %s", decision.line())
             return None
@@ -59,21 +62,3 @@ def activate() -> str | None:
         log.exception("dflash-plugin: no platform for CPUs; SGLang runs as published")
         return None
     return "dflash_plugin.shims.sglang_platform:CpuPlatform"
-
-
-def _cpu_wanted() -> bool:
-    from .support_sglang import PLATFORM
-
-    selected = os.environ.get("SGLANG_PLATFORM")
-    if selected:
-        return selected == PLATFORM
-    return os.environ.get("SGLANG_USE_CPU_ENGINE") != "1" and not _accelerator()
-
-
-def _accelerator() -> bool:
-    """Whether torch finds a device other than the CPU."""
-    import torch
-
-    kinds = ("cuda", "xpu", "npu", "hpu", "musa", "mps")
-    devices = [getattr(torch, kind, None) for kind in (*kinds, "accelerator")]
-    return any(device is not None and device.is_available() for device in devices)

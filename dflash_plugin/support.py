@@ -14,7 +14,7 @@ from packaging.version import Version
 from . import engines, support_sglang
 from .support_types import Difference as Difference  # noqa: PLC0414 (re-exported)
 from .support_types import Level as Level  # noqa: PLC0414
-from .support_types import Releases
+from .support_types import Releases, decided
 from .support_types import Support as Support  # noqa: PLC0414
 
 _CPU_RUNS = (
@@ -274,7 +274,7 @@ def decide(  # noqa: PLR0911
 
     if engine != "vllm":
         if engine == "sglang":
-            return support_sglang.decide(version, platform)
+            return support_sglang.decide(version, platform, variant=variant, replaced=replaced)
         return refused(
             f"this version of dflash-plugin does nothing on {engine}; the engine runs as published",
             "see the support table in the README for what is covered",
@@ -305,18 +305,7 @@ def decide(  # noqa: PLR0911
         for d in _VLLM_DIFFERENCES
         if Version(d.first) <= base <= Version(d.last) and d.platform in (None, platform)
     ]
-    bridged = [d for d in needed if d.shim not in replaced]
-    level, parts = row.level, [row.reason]
-    if variant is not None:
-        level = Level.PATCH
-        parts += [f"patched ({variant})" + _what([d for d in needed if d.shim in replaced])]
-    if bridged:
-        level = Level.SHIM if level is Level.NATIVE else level
-        verb = "added" if row.level is Level.REGISTERED else "repaired"
-        parts += [verb + _what(bridged)]
-    reason = ", ".join(parts) if len(parts) > 1 else f"{row.reason} is used unchanged"
-    names = tuple(dict.fromkeys(d.shim for d in bridged))
-    return Support(engine, version, platform, level, reason, row.limits, shims=names)
+    return decided(engine, version, platform, row, needed, variant=variant, replaced=replaced)
 
 
 def decide_pair(decision: Support, model_type: str | None, *, dflash2: bool = False) -> Support:
@@ -365,11 +354,6 @@ def releases(engine: str) -> tuple[str, str]:
     return _oldest_usable(), max((row.last for row in _VLLM), key=Version)
 
 
-def _what(differences: Collection[Difference]) -> str:
-    texts = "; ".join(dict.fromkeys(d.what for d in differences))
-    return f": {texts}" if texts else ""
-
-
 def _oldest_native() -> str:
     return next(row.first for row in _VLLM if row.level is Level.NATIVE)
 
@@ -378,6 +362,6 @@ def _oldest_usable() -> str:
     return next(row.first for row in _VLLM if row.level is not Level.REFUSED)
 
 
-def vllm_differences() -> tuple[Difference, ...]:
-    """Every upstream difference of vLLM that a shim bridges, in the order of application."""
-    return _VLLM_DIFFERENCES
+def differences(engine: str) -> tuple[Difference, ...]:
+    """Every upstream difference of an engine that a shim bridges, in the order of application."""
+    return support_sglang.DIFFERENCES if engine == "sglang" else _VLLM_DIFFERENCES

@@ -5,9 +5,11 @@ Sources: the releases' own source, and runs on the CPU (docs/sglang.md).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from packaging.version import InvalidVersion, Version
 
-from .support_types import Difference, Level, Releases, Support
+from .support_types import Difference, Level, Releases, Support, decided
 
 PLATFORM = "dflash_cpu"
 """The plugin's platform for machines without an accelerator, as ``SGLANG_PLATFORM`` names it."""
@@ -84,7 +86,9 @@ DIFFERENCES = (
 )
 
 
-def decide(version: str, platform: str) -> Support:
+def decide(
+    version: str, platform: str, *, variant: str | None = None, replaced: Collection[str] = ()
+) -> Support:
     """The support decision for an installed SGLang; never raises. See ``support.decide``."""
 
     def refused(reason: str, next_step: str) -> Support:
@@ -95,33 +99,25 @@ def decide(version: str, platform: str) -> Support:
         parsed = Version(version)
     except InvalidVersion:
         return refused(f"{version!r} is not a version number", "install a published release")
+    base = Version(parsed.public)
     row = next(
         (
             row
             for row in _RELEASES
-            if Version(row.first) <= parsed <= Version(row.last) and not parsed.is_prerelease
+            if Version(row.first) <= base <= Version(row.last) and not base.is_prerelease
         ),
         None,
     )
-    if row is None or parsed.local:
+    if row is None or parsed.local not in (None, variant and f"dflash.{variant}"):
         return refused(_UNKNOWN, known_good + ", or update dflash-plugin")
     if row.level is Level.REFUSED:
         return refused(row.reason, known_good)
     needed = [
         d
         for d in DIFFERENCES
-        if Version(d.first) <= parsed <= Version(d.last) and d.platform in (None, platform)
+        if Version(d.first) <= base <= Version(d.last) and d.platform in (None, platform)
     ]
-    whats = "; ".join(dict.fromkeys(d.what for d in needed))
-    return Support(
-        "sglang",
-        version,
-        platform,
-        Level.SHIM,
-        f"{row.reason}, repaired: {whats}",
-        row.limits,
-        shims=tuple(d.shim for d in needed),
-    )
+    return decided("sglang", version, platform, row, needed, variant=variant, replaced=replaced)
 
 
 def oldest() -> str:

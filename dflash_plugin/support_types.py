@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import Enum
 
@@ -60,3 +61,38 @@ class Difference:
     last: str
     platform: str | None
     what: str
+
+
+def decided(
+    engine: str,
+    version: str,
+    platform: str,
+    row: Releases,
+    needed: Collection[Difference],
+    *,
+    variant: str | None,
+    replaced: Collection[str],
+) -> Support:
+    """The decision for a release that can be used.
+
+    Args:
+        needed: the differences it has on this platform, in the order of application.
+        variant, replaced: as ``support.decide`` has them.
+    """
+    bridged = [d for d in needed if d.shim not in replaced]
+    level, parts = row.level, [row.reason]
+    if variant is not None:
+        level = Level.PATCH
+        parts += [f"patched ({variant})" + _what([d for d in needed if d.shim in replaced])]
+    if bridged:
+        level = Level.SHIM if level is Level.NATIVE else level
+        verb = "added" if row.level is Level.REGISTERED else "repaired"
+        parts += [verb + _what(bridged)]
+    reason = ", ".join(parts) if len(parts) > 1 else f"{row.reason} is used unchanged"
+    names = tuple(dict.fromkeys(d.shim for d in bridged))
+    return Support(engine, version, platform, level, reason, row.limits, shims=names)
+
+
+def _what(differences: Collection[Difference]) -> str:
+    texts = "; ".join(dict.fromkeys(d.what for d in differences))
+    return f": {texts}" if texts else ""

@@ -28,10 +28,7 @@ def register() -> None:
             log.warning("dflash-plugin: no vLLM distribution found; nothing done")
             return
         if engine.half_patched:
-            log.warning(
-                "dflash-plugin: a patch command was stopped half-way, so files of this vLLM may be "
-                "old or new; run `dflash-plugin patch status`, which settles it"
-            )
+            log.warning("dflash-plugin: %s", engines.HALF_PATCHED)
         decision = support.decide_for(engine)
         engines.announce(log, decision.line(), _ANNOUNCED)
         if decision.shims:

@@ -77,9 +77,12 @@ class SiteTree:
         return found
 
     def suits(self, variant: str) -> str | None:
-        """`cpu` is for CPU builds: vLLM takes any version with these letters for one."""
+        """`cpu` is for CPU builds: vLLM takes any version with these letters for one.
+
+        SGLang has one build for every platform.
+        """
         info = self._info()
-        if variant != "cpu" or distinfo.is_cpu(info):
+        if variant != "cpu" or self.engine == "sglang" or distinfo.is_cpu(info):
             return None
         return f"{info.distribution} {info.version} is not a CPU build"
 

@@ -55,7 +55,7 @@ NAMES: Mapping[str, str] = {
     "swa-causal-v2": "vllm_swa_causal_v2",
     "triton-geometry": "vllm_triton_geometry",
 }
-"""Shim name, as ``support`` uses it -> module in this package: vLLM's, which are patches too."""
+"""Shim name, as ``support`` uses it -> module in this package; each is a patch too. vLLM's."""
 
 SGLANG_NAMES: Mapping[str, str] = {
     name: name.replace("-", "_")
@@ -77,6 +77,11 @@ SGLANG_NAMES: Mapping[str, str] = {
     )
 }
 """The same for SGLang."""
+
+
+def names(engine: str) -> Mapping[str, str]:
+    """The shims of an engine."""
+    return SGLANG_NAMES if engine == "sglang" else NAMES
 
 
 @dataclass(frozen=True)
@@ -159,9 +164,10 @@ def patched(name: str) -> None:
             must not run.
     """
     shim = load(name)
-    platforms = {d.platform for d in support.vllm_differences() if d.shim == name}
+    engine = shim.module.partition(".")[0]
+    platforms = {d.platform for d in support.differences(engine) if d.shim == name}
     module = sys.modules[shim.module]
-    if applied(shim, module) or not platforms & {None, _platform()}:
+    if applied(shim, module) or not platforms & {None, _platform(engine)}:
         return
     try:
         wrong = _unknown(shim, module)
@@ -177,14 +183,18 @@ def patched(name: str) -> None:
 
 
 @functools.cache
-def _platform() -> str:
-    engine = engines.find("vllm")
-    if engine is None:
+def _platform(engine: str) -> str:
+    found = engines.find(engine)
+    if found is None:
         raise UnsupportedEngineError(
-            "dflash-plugin: this vLLM was patched, and its metadata are not installed",
-            hint="reinstall vLLM; without them nobody knows which platform it is for",
+            f"dflash-plugin: this {engine} was patched, and its metadata are not installed",
+            hint=f"reinstall {engine}; without them nobody knows which platform it is for",
         )
-    return engine.platform
+    if engine == "sglang":
+        from . import sglang_device
+
+        return sglang_device.platform(found)
+    return found.platform
 
 
 def _unknown(shim: Shim, module: ModuleType) -> str:

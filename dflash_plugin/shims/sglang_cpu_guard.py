@@ -18,10 +18,11 @@ from .sources import differences, installed
 
 
 def _needed() -> list[Shim]:
+    """Of the release as published: some or all may be in its files, and are looked for alike."""
     engine = engines.find("sglang")
     if engine is None:
         return []
-    return [load(name) for name in support.decide("sglang", engine.version, "cpu").shims]
+    return [load(name) for name in support.decide("sglang", engine.base_version, "cpu").shims]
 
 
 def unknown() -> list[str]:

@@ -38,8 +38,8 @@ SHIM = Shim(
     name="sglang-draft-attention",
     symptom="drafts that state windows or causality in dflash_config are run without: acceptance "
     "falls, silently",
-    mechanism="use_swa, swa_window_size and causal are not read; they are, with the precedence "
-    "of the reference",
+    mechanism="the fields use_swa, swa_window_size and causal are not read; they are, with the "
+    "precedence of the reference",
     removal="when the release reads them, which test_each_repair_is_still_needed shows by failing",
     module="sglang.srt.models.dflash",
     fingerprints={

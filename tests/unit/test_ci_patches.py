@@ -59,13 +59,13 @@ after = "Draft"
 """
 
 
-def _shim(name: str) -> Shim:
+def _shim(name: str, engine: str) -> Shim:
     return Shim(
         name,
         symptom=f"the {name} is wrong",
         mechanism=f"the {name} is replaced",
         removal="when it is right",
-        module="vllm.model",
+        module=f"{engine}.model",
         fingerprints={"Draft.norm": frozenset({fingerprint_of(METHOD)})},
         apply=lambda module: "done",
     )
@@ -74,28 +74,35 @@ def _shim(name: str) -> Shim:
 class World:
     """An engine's releases and a folder of patch sets for them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.root = folder, folder / "patches"
-        (self.root / "vllm").mkdir(parents=True)
+    def __init__(self, folder: Path, engine: str) -> None:
+        self.folder, self.root, self.engine = folder, folder / "patches", engine
+        (self.root / engine).mkdir(parents=True)
         (self.root / "README.md").touch()
         self.repairs(REPAIRS)
         for version in ("1.0.0", "1.1.0"):
             self.release(version, SOURCE)
 
     def repairs(self, text: str) -> None:
-        (self.root / "vllm" / "repairs.toml").write_text(text)
+        (self.root / self.engine / "repairs.toml").write_text(text)
 
     def release(self, version: str, source: str) -> Tree:
-        site = self.folder / "sources" / f"vllm-{version}"
-        (site / "vllm").mkdir(parents=True, exist_ok=True)
-        (site / "vllm" / "model.py").write_text(source)
-        return Tree(version, "vllm", site, None)
+        site = self.folder / "sources" / f"{self.engine}-{version}"
+        (site / self.engine).mkdir(parents=True, exist_ok=True)
+        (site / self.engine / "model.py").write_text(source)
+        return Tree(version, self.engine, site, None)
 
     def write(self) -> None:
         assert patches.run(arguments("--write")) == 0
 
     def set(self, name: str) -> Path:
-        return self.root / "vllm" / name
+        return self.root / self.engine / name
+
+    def load(self, variant: str) -> patchset.PatchSet:
+        return patchset.load(self.root, self.engine, "1.0.0", variant)
+
+    def patched(self, one: patchset.PatchSet) -> str:
+        path = f"{self.engine}/model.py"
+        return patches.patched_texts(one, {path: SOURCE})[path]
 
 
 def arguments(*args: str) -> argparse.Namespace:
@@ -104,20 +111,24 @@ def arguments(*args: str) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-@pytest.fixture(name="written", scope="module")
-def written_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+@pytest.fixture(name="written", scope="module", params=["vllm", "sglang"])
+def written_fixture(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[World]:
     """With every set written; in place while the module's tests run."""
-    made = {name: _shim(name) for name in ("norm", "helper")}
+    engine: str = request.param
+    made = {name: _shim(name, engine) for name in ("norm", "helper")}
     rows = (
         Difference("norm", "1.0.0", "1.1.0", "cpu", "wrong"),
         Difference("helper", "1.0.0", "1.1.0", None, "wrong"),
     )
     with pytest.MonkeyPatch.context() as patching:
         patching.setattr(shims, "load", made.__getitem__)
-        patching.setattr(shims, "NAMES", dict.fromkeys(made, ""))
-        patching.setattr(support, "vllm_differences", lambda: rows)
+        patching.setattr(shims, "names", {engine: dict.fromkeys(made, "")}.__getitem__)
+        patching.setattr(patch_files, "ENGINES", (engine,))
+        patching.setattr(support, "differences", {engine: rows}.__getitem__)
         patching.setattr(engine_sources.environment, "built_engine", lambda *_: None)
-        world = World(tmp_path_factory.mktemp("written"))
+        world = World(tmp_path_factory.mktemp("written"), engine)
         patching.setattr(patch_files, "ROOT", world.root)
         patching.setenv(engine_sources.VARIABLE, str(world.folder / "sources"))
         world.write()
@@ -127,7 +138,7 @@ def written_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]
 @pytest.fixture(name="world")
 def world_fixture(written: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A copy that a test may change."""
-    world = World(tmp_path / "world")
+    world = World(tmp_path / "world", written.engine)
     shutil.copytree(written.root, world.root, dirs_exist_ok=True)
     monkeypatch.setattr(patch_files, "ROOT", world.root)
     monkeypatch.setenv(engine_sources.VARIABLE, str(world.folder / "sources"))
@@ -138,11 +149,11 @@ def world_fixture(written: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_patch_is_one_call_below_what_the_shim_knows(world: World) -> None:
-    one = patchset.load(world.root, "vllm", "1.0.0", "cpu")
+    one = world.load("cpu")
     assert [patch.name for patch in one.patches] == ["repair-norm.patch"]
     assert one.replaces_shims == ("norm",)
     assert one.patches[0].fields["Effect"] == "the norm is wrong. Measured: seen"
-    text = patches.patched_texts(one, {"vllm/model.py": SOURCE})["vllm/model.py"]
+    text = world.patched(one)
     added = text.replace("\n\n# Repaired by dflash-plugin: repair-norm.\n", "CALL")
     before, _, after = added.partition("CALL")
     assert before == SOURCE[: SOURCE.index("\n\ndef helper")]
@@ -152,8 +163,8 @@ def test_a_patch_is_one_call_below_what_the_shim_knows(world: World) -> None:
 
 
 def test_the_set_of_all_has_the_order_of_application(world: World) -> None:
-    one = patchset.load(world.root, "vllm", "1.0.0", "all")
-    text = patches.patched_texts(one, {"vllm/model.py": SOURCE})["vllm/model.py"]
+    one = world.load("all")
+    text = world.patched(one)
     assert text.index('patched("norm")') < text.index('patched("helper")')
 
 
@@ -169,7 +180,7 @@ def test_writing_again_changes_nothing(world: World) -> None:
 
 def test_a_definition_that_is_gone_is_told(world: World) -> None:
     world.release("1.0.0", SOURCE.replace("class Draft", "class Plan"))
-    with pytest.raises(errors.UsageError, match=r"vllm\.model has no top-level Draft"):
+    with pytest.raises(errors.UsageError, match=r"\.model has no top-level Draft"):
         patches.run(arguments("--write"))
 
 
@@ -185,7 +196,7 @@ def test_a_definition_that_is_gone_is_told(world: World) -> None:
 def test_bad_repairs(world: World, old: str, new: str, message: str) -> None:
     world.repairs(REPAIRS.replace(old, new))
     with pytest.raises(errors.MatrixError, match=message):
-        patch_files.read(world.root)
+        patch_files.read(world.engine, world.root)
 
 
 # --- offline ---
@@ -238,7 +249,7 @@ def test_fields(world: World, old: str, new: str, expected: str) -> None:
 
 
 def test_a_shim_whose_text_changed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = {"norm": _shim("norm"), "helper": _shim("aide")}
+    changed = {"norm": _shim("norm", world.engine), "helper": _shim("aide", world.engine)}
     monkeypatch.setattr(shims, "load", changed.__getitem__)
     found = patch_lint.problems(world.root)
     assert len(found) == 4
@@ -246,13 +257,15 @@ def test_a_shim_whose_text_changed(world: World, monkeypatch: pytest.MonkeyPatch
 
 
 def test_little_context_and_much_text(world: World) -> None:
-    patch = patchset.load(world.root, "vllm", "1.0.0", "cpu").patches[0]
+    patch = world.load("cpu").patches[0]
     (file,) = patch.files
     hunk = replace(file.hunks[0], lines=file.hunks[0].lines[2:-1])
-    (found,) = patch_lint.patch_problems(replace(patch, files=(replace(file, hunks=(hunk,)),)))
+    (found,) = patch_lint.patch_problems(
+        replace(patch, files=(replace(file, hunks=(hunk,)),)), world.engine
+    )
     assert "1 and 2 lines of context, expected 3" in found
     long = patch.text.replace("Origin:", "word\n" * 120 + "\nOrigin:")
-    (found,) = patch_lint.patch_problems(patchset.parse(long, patch.name))
+    (found,) = patch_lint.patch_problems(patchset.parse(long, patch.name), world.engine)
     assert "at most 120" in found
 
 
@@ -264,7 +277,7 @@ def test_sets_hold_on_their_sources(world: World, capsys: pytest.CaptureFixture[
     assert patches.run(arguments("--json")) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["set"] for row in rows] == [
-        f"{version}/{variant}"
+        f"{world.engine}/{version}/{variant}"
         for version in ("1.0.0", "1.1.0")
         for variant in ("all", "cpu", "swa")
     ]
@@ -291,7 +304,7 @@ def test_other_sources(
     capsys.readouterr()
     with pytest.raises(errors.VerdictFailedError, match="1 of 1 failed"):
         patches.run(arguments("--version", "1.1.0", "--variant", "cpu"))
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("1.1.0")]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "1.1.0/" in line]
     columns = dict(zip(("set", "tree", "patches", *patches.CHECKS), line.split(), strict=True))
     assert columns[failed] == "failed"
 
@@ -304,14 +317,16 @@ def test_nothing_at_hand_is_no_success(world: World, monkeypatch: pytest.MonkeyP
         patches.run(arguments("--version", "7.0"))
     with pytest.raises(errors.UsageError, match="--to is for --drift"):
         patches.run(arguments("--to", "7.0"))
+    with pytest.raises(errors.UsageError, match="a release of which engine"):
+        patches.run(arguments("--drift", "--to", "7.0"))
 
 
 # --- on newer releases ---
 
 
 def _drift(world: World, source: str, *, version: str = "1.1.0") -> drift.Row:
-    one = patchset.load(world.root, "vllm", "1.0.0", "cpu")
-    (row,) = drift.report(one.patches, world.release(version, source), "1.0.0/cpu")
+    one = world.load("cpu")
+    (row,) = drift.report(one.patches, world.release(version, source), one.id)
     return row
 
 
@@ -337,8 +352,8 @@ def test_drift(world: World, source: str, status: str, work: bool) -> None:
 
 
 def test_a_release_that_has_the_text(world: World) -> None:
-    one = patchset.load(world.root, "vllm", "1.0.0", "cpu")
-    text = patches.patched_texts(one, {"vllm/model.py": SOURCE})["vllm/model.py"]
+    one = world.load("cpu")
+    text = world.patched(one)
     row = _drift(world, text)
     assert (row.status, row.work) == (drift.UPSTREAMED, True)
     assert "end the shim's range in support.py before 1.1.0" in row.suggestion
@@ -349,7 +364,7 @@ def test_a_release_without_the_difference(world: World, monkeypatch: pytest.Monk
         Difference("norm", "1.0.0", "1.0.0", "cpu", "wrong"),
         Difference("helper", "1.0.0", "1.1.0", None, "wrong"),
     )
-    monkeypatch.setattr(support, "vllm_differences", lambda: rows)
+    monkeypatch.setattr(support, "differences", {world.engine: rows}.__getitem__)
     row = _drift(world, SOURCE)
     assert (row.status, row.work) == (drift.UPSTREAMED, False)
     assert "remove it" in row.suggestion
@@ -360,7 +375,9 @@ def test_a_release_nobody_knows(world: World, capsys: pytest.CaptureFixture[str]
     assert (row.status, row.work) == (drift.APPLIES, True)
     assert "list 1.2.0 in support.py" in row.suggestion
     with pytest.raises(errors.VerdictFailedError, match="4 of 4 patches want a person"):
-        patches.run(arguments("--drift", "--to", "1.2.0", "--version", "1.1.0"))
+        patches.run(
+            arguments("--drift", "--engine", world.engine, "--to", "1.2.0", "--version", "1.1.0")
+        )
     assert "1.1.0/cpu" in capsys.readouterr().out
 
 
@@ -370,6 +387,6 @@ def test_each_set_is_held_against_the_next_release(
     capsys.readouterr()
     assert patches.run(arguments("--drift", "--json")) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert {(row["set"].partition("/")[0], row["release"]) for row in rows} == {("1.0.0", "1.1.0")}
+    assert {(row["set"].split("/")[1], row["release"]) for row in rows} == {("1.0.0", "1.1.0")}
     with pytest.raises(errors.UsageError, match="nothing was compared"):
         patches.run(arguments("--drift", "--version", "1.1.0"))

@@ -533,7 +533,7 @@ def test_a_patch_that_drifted(
     assert asked == [("vllm", "0.34.0.post1")]
     (row,) = found["drift"]
     assert (row["set"], row["release"], row["status"]) == (
-        "0.33.0/all",
+        "vllm/0.33.0/all",
         "0.34.0.post1",
         "conflicts",
     )

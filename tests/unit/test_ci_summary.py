@@ -59,6 +59,6 @@ def test_patched_cells_have_a_column_of_their_own() -> None:
 
 def test_every_repair_has_its_place_on_the_page() -> None:
     lines = summary.differences()
-    for row in support.vllm_differences():
+    for row in support.differences("vllm"):
         assert f"## {row.shim}" in lines
     assert len([line for line in lines if line.startswith("- It goes ")]) == len(shims.NAMES)

@@ -97,15 +97,15 @@ def test_what_is_there_is_not_asked_for_again(index: Index) -> None:
 def test_fetched_releases_are_at_hand(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_sources.environment, "built_engine", lambda *_: None)
     monkeypatch.delenv(engine_sources.VARIABLE, raising=False)
-    monkeypatch.setattr(engine_sources, "_files", lambda: {"vllm/a.py"})
-    assert engine_sources.trees() == []
-    engine_sources.fetch("0.33.0")
-    (tree,) = engine_sources.trees()
+    monkeypatch.setattr(engine_sources, "files", lambda _: {"vllm/a.py"})
+    assert engine_sources.trees("vllm") == []
+    engine_sources.fetch("vllm", "0.33.0")
+    (tree,) = engine_sources.trees("vllm")
     assert (tree.id, tree.python) == ("vllm-0.33.0", None)
 
 
 def test_the_files_are_those_of_the_shims() -> None:
-    files = engine_sources._files()
+    files = engine_sources.files("vllm")
     assert "vllm/v1/spec_decode/dflash.py" in files
     assert "vllm/v1/worker/block_table.py" in files, "only fingerprinted"
     assert len(files) < 4 * len(shims.NAMES)

@@ -28,7 +28,7 @@ def installed_fixture(monkeypatch):
         shims._platform.cache_clear()
 
     rows = (Difference("one", "0.24.0", "0.24.0", "cpu", "it is wrong"),)
-    monkeypatch.setattr(support, "vllm_differences", lambda: rows)
+    monkeypatch.setattr(support, "differences", lambda _: rows)
     install("cpu")
     yield install
     shims._platform.cache_clear()
