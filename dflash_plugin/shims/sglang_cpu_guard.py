@@ -54,8 +54,9 @@ def apply(module: Any) -> str:
             raise UnsupportedEngineError(
                 f"dflash-plugin: not applied to this SGLang: {', '.join(missing)}; DFlash does "
                 "not work on a CPU without",
-                hint="see the log above for what was found there; update dflash-plugin, or "
-                "reinstall the engine if its files were edited",
+                hint="see the log above for what was found there; update dflash-plugin, reinstall "
+                "the engine if its files were edited, or name `dflash` in SGLANG_PLUGINS: without "
+                "it only an engine patched with `all` has every repair",
             )
         published(self, *args, **options)
 

@@ -12,31 +12,46 @@ from ci import engine_sources, patch_files, patches
 from ci.engine_sources import Tree
 from ci.records import FAILED, PASSED
 from dflash_plugin import patchset
+from dflash_plugin.patchset.distinfo import record_hash
 
 SETS = [
     pytest.param(tree, variant, id=f"{tree.id}-{variant}")
-    for tree in engine_sources.trees()
+    for name in patch_files.ENGINES
+    for tree in engine_sources.trees(name)
     for engine, version, variant in patchset.available(patch_files.ROOT)
-    if (engine, version) == ("vllm", tree.version)
+    if (engine, version) == (name, tree.version)
 ]
 BUILT = [param for param in SETS if param.values[0].python is not None]
 
 
-def test_no_release_is_left_out() -> None:
-    """Of those with a build for this platform; CUDA wheels come from DFLASH_WHEEL_SOURCES."""
-    wanted = {"0.18.1", "0.19.1", "0.20.2", "0.24.0", "0.30.0", "0.32.0"}
-    missing = wanted - {param.values[0].version for param in BUILT}
+@pytest.mark.parametrize(
+    ("engine", "versions"),
+    [
+        ("vllm", {"0.18.1", "0.19.1", "0.20.2", "0.24.0", "0.30.0", "0.32.0"}),
+        ("sglang", {"0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"}),
+    ],
+)
+def test_no_release_is_left_out(engine: str, versions: set[str]) -> None:
+    missing = versions - {tree.version for tree in engine_sources.trees(engine)}
     if missing:
-        pytest.skip(f"not built here: {', '.join(sorted(missing))} (python -m ci env vllm-VERSION)")
+        how = f"python -m ci env {engine}-VERSION, or python -m ci patches --fetch"
+        pytest.skip(f"not at hand: {', '.join(sorted(missing))} ({how})")
 
 
 def part_of(tree: Tree, variant: str, folder: Path) -> Path:
     """The files that a set touches, and the metadata: what the tool needs of an installation."""
-    for path in patchset.load(patch_files.ROOT, "vllm", tree.version, variant).paths:
+    one = patchset.load(patch_files.ROOT, tree.engine, tree.version, variant)
+    for path in one.paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(tree.site / path, folder / path)
     (info,) = tree.site.glob(f"{tree.distribution.replace('-', '_')}-*.dist-info")
     shutil.copytree(info, folder / info.name)
+    record = folder / info.name / "RECORD"
+    if not record.exists():  # a part of a wheel
+        rows = [(path, (folder / path).read_bytes()) for path in one.paths]
+        rows.append((f"{info.name}/METADATA", (info / "METADATA").read_bytes()))
+        lines = [f"{path},{record_hash(data)},{len(data)}" for path, data in rows]
+        record.write_text("\n".join([*lines, f"{info.name}/RECORD,,\n"]))
     return folder
 
 
@@ -44,10 +59,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize(("tree", "variant"), BUILT)
+@pytest.mark.parametrize(("tree", "variant"), SETS)
 def test_applied_reverted_and_applied_again(tree: Tree, variant: str, tmp_path: Path) -> None:
-    engine = patchset.site_tree(part_of(tree, variant, tmp_path / "site"), "vllm")
-    one = patchset.load(patch_files.ROOT, "vllm", tree.version, variant)
+    if (tree.distribution, variant) == ("vllm", "cpu"):
+        pytest.skip("not for CUDA wheels")
+    engine = patchset.site_tree(part_of(tree, variant, tmp_path / "site"), tree.engine)
+    one = patchset.load(patch_files.ROOT, tree.engine, tree.version, variant)
     published = contents(engine.root)
     patchset.apply(engine, one)
     patched = contents(engine.root)

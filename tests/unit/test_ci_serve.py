@@ -311,9 +311,14 @@ lock = "none.txt"
 args = ["--device", "cpu"]
 [[cells]]
 engines = ["sglang-0.5.23"]
-variants = ["stock", "plugin"]
+variants = ["stock", "plugin", "patched-all"]
 platforms = ["cpu"]
 pairs = ["alpha"]
+[[variant]]
+name = "patched-all"
+plugin = false
+patches = "all"
+description = ""
 """
 
 
@@ -349,6 +354,12 @@ def test_stock_sglang_loads_no_plugin(fake: Fake, monkeypatch: pytest.MonkeyPatc
     _, env = _sglang(fake, "stock", "base").command(7)
     assert env["SGLANG_PLUGINS"] == "none"  # an empty list would allow all
     assert "SGLANG_PLATFORM" not in env
+
+
+def test_a_patched_sglang_has_the_platform_and_no_repairs(fake: Fake) -> None:
+    _, env = _sglang(fake, "patched-all", "dflash", record=Path("b")).command(7)
+    assert env["SGLANG_PLUGINS"] == "dflash_cpu,dflash_recorder"
+    assert env["SGLANG_PLATFORM"] == "dflash_cpu"
 
 
 def test_each_engine_has_its_client(fake: Fake) -> None:

@@ -126,6 +126,25 @@ def test_exit_codes(engine, monkeypatch, capsys, args, expected):
     assert snapshot(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "version", "reason"),
+    [
+        ("sglang", "0.5.12.post1", "draft worker is another one"),
+        ("sglang", "0.5.10.post1", "no DFLASH"),
+        ("vllm", "0.17.1", "no dflash method"),
+    ],
+)
+def test_releases_without_any_set_have_a_reason(tmp_path, capsys, name, version, reason):
+    folder = unpack(tmp_path / name, {f"{name}/__init__.py": ""}, name, version)
+    before = snapshot(folder)
+    assert patch("apply", "all", "--site-packages", folder) == 42
+    error = capsys.readouterr().err
+    assert f"no patch set 'all' for {name} {version}: " in error
+    assert reason in error
+    assert f"releases of {name} with patch sets: 0." in error
+    assert snapshot(folder) == before
+
+
 def test_bad_patches_have_a_code_of_their_own(folder, patches, capsys):
     path = patches / "vllm/0.24.0/swa/fix-it-0.patch"
     where = ("--site-packages", folder, "--patches", patches)

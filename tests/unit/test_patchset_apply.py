@@ -120,6 +120,16 @@ def test_a_cpu_set_is_for_cpu_builds(tmp_path, site):
     patchset.apply(patchset.site_tree(other, "vllm"), found)
 
 
+def test_a_cpu_set_is_for_every_build_of_sglang(tmp_path):
+    """It has one wheel for all platforms."""
+    old, new = ({path.replace("vllm", "sglang"): x[path] for path in x} for x in (ENGINE, PATCHED))
+    write_set(tmp_path / "patches", [old, new], engine="sglang", version="0.5.23", variant="cpu")
+    found = patchset.load(tmp_path / "patches", "sglang", "0.5.23", "cpu")
+    tree = patchset.site_tree(unpack(tmp_path / "site", old, "sglang", "0.5.23"), "sglang")
+    patchset.apply(tree, found)
+    assert tree.version() == "0.5.23+dflash.cpu"
+
+
 def test_byte_code_of_touched_files_goes(site, swa):
     names = [
         "__pycache__/draft.cpython-311.pyc",
