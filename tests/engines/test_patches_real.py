@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,27 @@ def test_applied_reverted_and_applied_again(tree: Tree, variant: str, tmp_path: 
     assert contents(engine.root) == published
     patchset.apply(engine, one)
     assert contents(engine.root) == patched
+
+
+@pytest.mark.parametrize(
+    ("tree", "variant"), [param for param in SETS if param.values[1] == patch_files.ALL]
+)
+def test_commits_of_a_set_are_exported_as_it_is(tree: Tree, variant: str, tmp_path: Path) -> None:
+    """In a checkout laid out as the engine's own: SGLang's package is below ``python/``."""
+    one = patchset.load(patch_files.ROOT, tree.engine, tree.version, variant)
+    repo = tmp_path / "repo"
+    package = repo / ("python" if tree.engine == "sglang" else "")
+    for path in one.paths:
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(tree.site / path, package / path)
+    git = ["git", "-C", str(repo), "-c", "user.name=A", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "The release"]):
+        subprocess.run([*git, *command], check=True)
+    checkout = patchset.git_tree(repo, tree.engine)
+    assert patchset.import_set(checkout, one).rewritten == ()
+    patchset.export_set(checkout, tmp_path / "out")
+    written = patch_files.ROOT / tree.engine / tree.version / variant
+    assert contents(tmp_path / "out") == contents(written)
 
 
 @pytest.mark.parametrize(("tree", "variant"), SETS)
