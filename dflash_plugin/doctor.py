@@ -15,6 +15,7 @@ from .errors import DFlashError, EngineNotFoundError, PatchStateError, Unsupport
 from .pair import Check
 
 _ENTRY_POINTS = {"vllm": "vllm.general_plugins", "sglang": "sglang.srt.plugins"}
+_ALLOWED = {"vllm": "VLLM_PLUGINS", "sglang": "SGLANG_PLUGINS"}
 
 
 def examine(
@@ -119,7 +120,7 @@ def _engine(name: str) -> list[Check]:
             decision.next_step,
             0 if decision.usable else UnsupportedEngineError.exit_code,
         ),
-        _entry_point(name),
+        _entry_point(name, needed=bool(decision.shims)),
         *_patches(engine),
     ]
     checks += [_shim(name, shim) for shim in decision.shims]
@@ -181,7 +182,8 @@ def _shim(engine: str, name: str) -> Check:
     return Check(label, "ok", f"{name}: {shim.mechanism} (else {shim.symptom})")
 
 
-def _entry_point(name: str) -> Check:
+def _entry_point(name: str, *, needed: bool) -> Check:
+    """Whether the engine loads the plugin; ``needed``: something is to be done at run time."""
     group = _ENTRY_POINTS[name]
     label = f"{name} plugin"
     registered = [ep for ep in metadata.entry_points(group=group) if ep.name == "dflash"]
@@ -193,13 +195,19 @@ def _entry_point(name: str) -> Check:
             "pip install dflash-plugin in this environment (a source tree is not enough)",
             EngineNotFoundError.exit_code,
         )
-    allowed = os.environ.get("VLLM_PLUGINS")
-    if name == "vllm" and allowed is not None and "dflash" not in allowed.split(","):
+    variable = _ALLOWED[name]
+    allowed = os.environ.get(variable)
+    # Empty means none to vLLM, and all to SGLang.
+    listed = allowed is not None and (allowed != "" or name == "vllm")
+    if listed and "dflash" not in (allowed or "").replace(" ", "").split(","):
+        said = f"{variable}={allowed!r} leaves `dflash` out, so {name} does not load it"
+        if not needed:
+            return Check(label, "ok", f"{said}; nothing is left to do at run time")
         return Check(
             label,
             "failed",
-            f"VLLM_PLUGINS={allowed!r} leaves `dflash` out, so vLLM does not load it",
-            "add dflash to VLLM_PLUGINS, or unset it",
+            said,
+            f"add dflash to {variable}, or unset it",
             EngineNotFoundError.exit_code,
         )
     return Check(label, "ok", f"{registered[0].value} in {group}")

@@ -32,7 +32,8 @@ ENTRY_POINTS = (
 def fresh(monkeypatch, caplog):
     """As in a new process, on a machine whose torch finds no device."""
     monkeypatch.setattr(sglang_entry, "_registered", False)
-    for name in (sglang_entry._ANNOUNCED, "SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE"):
+    settings = ("SGLANG_PLATFORM", "SGLANG_PLUGINS", "SGLANG_USE_CPU_ENGINE")
+    for name in (sglang_entry._ANNOUNCED, *settings):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(sglang_device, "_accelerator", lambda: False)
@@ -115,6 +116,20 @@ def test_doctor_and_status_know_it(patched, capsys):
     (site / "sglang/draft.py").write_text("mine\n")
     checks = {check.name: check for check in doctor.examine(engine="sglang")}
     assert checks["sglang patches"].exit_code == 44
+
+
+@pytest.mark.parametrize(
+    ("variant", "allowed", "code"),
+    [("all", "dflash_cpu", 0), ("swa", "dflash_cpu", 21), ("swa", "", 0), ("swa", "a, dflash", 0)],
+)
+def test_doctor_looks_at_what_sglang_is_allowed_to_load(
+    patched, monkeypatch, variant, allowed, code
+):
+    patched(variant)
+    monkeypatch.setenv("SGLANG_PLUGINS", allowed)
+    checks = {check.name: check for check in doctor.examine(engine="sglang")}
+    assert checks["sglang plugin"].exit_code == code
+    assert ("leaves `dflash` out" in checks["sglang plugin"].detail) is (allowed == "dflash_cpu")
 
 
 def test_it_is_served_as_ever(patched):
