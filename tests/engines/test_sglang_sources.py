@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import wheel_sources
+from ci import engine_sources, wheel_sources
 from dflash_plugin import matrix, shims, support, support_sglang
 from dflash_plugin.errors import DownloadError
 from dflash_plugin.shims import sources
@@ -28,17 +28,11 @@ RELEASES = [
     )
     for version in ("0.5.18", "0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
 ]
-REPAIRS = [shims.load(name) for name in shims.SGLANG_NAMES]
-SYMBOLS = [symbol for shim in REPAIRS for symbol in shim.fingerprints if ":" in symbol]
 TARGETS = [
     f"sglang.srt.models.{name}"
     for name in ("qwen3", "llama", "gemma4_causal", "gpt_oss", "minimax_m2")
 ]
-FILES = {
-    f"{module.replace('.', '/')}{end}"
-    for module in (*(r.module for r in REPAIRS), *(s.partition(":")[0] for s in SYMBOLS), *TARGETS)
-    for end in (".py", "/__init__.py")
-}
+FILES = engine_sources.files("sglang") | {f"{name.replace('.', '/')}.py" for name in TARGETS}
 
 # Per repair: text of the first symbol it knows, or of its module, that shows the difference,
 # and text that would show it is gone.
