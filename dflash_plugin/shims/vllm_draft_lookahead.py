@@ -1,4 +1,4 @@
-"""vLLM 0.20 to 0.22 reserves one KV slot too few for a DFlash step, and none at first.
+"""vLLM to 0.22 reserves one KV slot too few for a DFlash step, and none at first.
 
 A step writes K + 1 slots behind a sequence: its newest token and K masks. The scheduler
 reserves K, and nothing when a request is first scheduled. Past the last reserved block

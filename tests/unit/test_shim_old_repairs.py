@@ -16,6 +16,7 @@ from dflash_plugin.shims import (
     vllm_draft_lookahead,
     vllm_draft_lora,
     vllm_draft_scaling,
+    vllm_register_lookahead,
     vllm_tap_offset,
 )
 
@@ -112,7 +113,7 @@ def test_the_cpu_asks_for_the_draft_s_features(config, layers, expected):
 # --- lookahead -----------------------------------------------------------------
 
 
-def scheduler(config):
+def scheduler(config, shim=vllm_draft_lookahead):
     asked = []
 
     class Scheduler:
@@ -123,13 +124,14 @@ def scheduler(config):
                 allocate_slots=lambda *args, **kwargs: asked.append((args, kwargs)) or "blocks"
             )
 
-    vllm_draft_lookahead.apply(module(Scheduler=Scheduler))
+    shim.apply(module(Scheduler=Scheduler))
     return Scheduler(SimpleNamespace(speculative_config=config)), asked
 
 
+@pytest.mark.parametrize("shim", [vllm_register_lookahead, vllm_draft_lookahead])
 @pytest.mark.parametrize("given", [0, K])
-def test_a_draft_has_a_slot_for_each_of_its_rows(given):
-    found, asked = scheduler(speculative())
+def test_a_draft_has_a_slot_for_each_of_its_rows(given, shim):
+    found, asked = scheduler(speculative(), shim)
     assert found.num_lookahead_tokens == K + 1
     allocate = found.kv_cache_manager.allocate_slots
     assert allocate("request", 3, num_lookahead_tokens=given, num_encoder_tokens=0) == "blocks"
