@@ -19,7 +19,7 @@ from dflash_plugin.matrix import SERVES
 
 from . import (
     environment_cli,
-    images,
+    images_cli,
     lint,
     local_runs,
     lock,
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rewrite.add_argument("--check", action="store_true", help="with --readme: only compare")
     patches.add_arguments(commands.add_parser("patches", help="hold patch sets against sources"))
     refresh.add_arguments(commands.add_parser("refresh", help="what is new upstream"))
-    images.add_arguments(commands.add_parser("images", help="the container images there are"))
+    images_cli.add_arguments(commands.add_parser("images", help="the container images there are"))
     commands.add_parser("lint", help="offline checks of the repository's own data")
 
     args = parser.parse_args(argv)
@@ -294,7 +294,7 @@ _COMMANDS = {
     "report": _report,
     "patches": patches.run,
     "refresh": refresh.run,
-    "images": images.run,
+    "images": images_cli.run,
     "lint": _lint,
 }
 

@@ -239,7 +239,8 @@ def options(spec: ServerSpec, port: int, given: Container) -> dict[str, Any]:
         mounts.append((record, IN_RECORD, False))
         mounts.append((taps_beside(record), str(taps_beside(Path(IN_RECORD))), False))
     # The entry point is the image's: `vllm serve` takes the model without a name.
-    model = [target] if given.gpu else ["--model", target]
+    named = {"vllm": [] if given.gpu else ["--model"], "sglang": ["--model-path"]}
+    model = [*named[spec.engine_name], target]
     threads = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
     gpus = [types.DeviceRequest(count=-1, capabilities=[["gpu"]])] if given.gpu else None
     return {

@@ -40,7 +40,7 @@ from dflash_plugin.matrix import Cell
 
 from . import containers, images, wheel
 from .environment import Container, Environment, Wanted
-from .images import DOCKERFILE, ROOT, Image
+from .images import ROOT, Image
 from .installer import Pip, Progress
 from .torch_index import torch_index
 
@@ -176,7 +176,7 @@ def build(image: Image) -> None:
             index = torch_index()
             command += ["--build-arg", f"TORCH_INDEX={index or ''}"]
             if index is None:
-                command += ["--build-arg", f"WHEELS={_wheels(image.torch, run, docker)}"]
+                command += ["--build-arg", f"WHEELS={_wheels(image, run, docker)}"]
         run.call([*command, str(context)], DOCKER_BUILDKIT="1", BUILDKIT_PROGRESS="plain")
 
 
@@ -188,7 +188,7 @@ def build_command(image: Image) -> list[str]:
     """
     pins = images.read_pins(ROOT / images.PINS)
     command = images.command(image, pins, images.plugin_version(ROOT))[:-1]
-    command[command.index("--file") + 1] = str(ROOT / DOCKERFILE)
+    command[command.index("--file") + 1] = str(ROOT / image.dockerfile)
     command += ["--label", f"{RECIPE}={recipe(image)}"]
     base = os.environ.get("DFLASH_IMAGE_BASE")
     if base and image.platform == "cpu":
@@ -204,13 +204,15 @@ def build_command(image: Image) -> list[str]:
     return command
 
 
-def _wheels(torch: str, run: Pip, docker: str) -> str:
-    """An image that is a folder with the wheel of torch that this machine's pip finds."""
-    name = f"dflash-wheels:torch-{torch}"
+def _wheels(image: Image, run: Pip, docker: str) -> str:
+    """An image that is a folder with the wheels of torch that this machine's pip finds."""
+    wanted = {"torch": image.torch, "torchvision": image.torchvision}
+    wanted = {name: version for name, version in wanted.items() if version}
+    name = "dflash-wheels:" + "-".join(f"{key}-{version}" for key, version in wanted.items())
     if not _said(docker, "image", "inspect", name):
         folder = run.scratch / "wheels"
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
-        run.call([*pip, f"torch=={torch}"])
+        run.call([*pip, *(f"{key}=={version}" for key, version in wanted.items())])
         archive = run.scratch / "wheels.tar"
         with tarfile.open(archive, "w") as tar:
             tar.add(folder, arcname=".")
@@ -228,7 +230,7 @@ def _sources(image: Image) -> Iterator[Path]:
 def recipe(image: Image) -> str:
     """A hash of the image's definition and of every file that goes into it; milliseconds."""
     pins = images.read_pins(ROOT / images.PINS)
-    texts = [(ROOT / file).read_text("utf-8") for file in (DOCKERFILE, *_sources(image))]
+    texts = [(ROOT / file).read_text("utf-8") for file in (image.dockerfile, *_sources(image))]
     facts = [image.args(pins), texts, wheel.source_hash(wheel.CHECKOUT)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dflash_plugin import matrix
 from dflash_plugin.errors import DFlashError
 
-from . import images, lock, patch_lint, report, workflows
+from . import images_cli, lock, patch_lint, report, workflows
 
 ROOT = Path(__file__).parents[1]
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home/\w+|root|work|tmp|opt)/[\w.-]+")
@@ -23,7 +23,7 @@ def problems() -> list[str]:
         *_locks(),
         *_readme(),
         *patch_lint.problems(ROOT / "patches"),
-        *images.problems(ROOT),
+        *images_cli.problems(ROOT),
         *workflows.problems(ROOT),
         *_files(),
     ]

@@ -45,14 +45,13 @@ def matrix_text(
         ) from err
     new, locks = _with_pairs(text, repositories), []
     for one in found:
-        before = predecessor(data, one.distribution)
-        if before is None or not one.torch or not one.requires_python:
+        if not one.torch or not one.requires_python:
             continue
-        engine, build = before
-        new = _with_build(new, engine, build, one)
-        new = _with_cells(new, engine, build, one)
-        if build.lock:
-            locks.append(f"{engine.name}-{one.newest}")
+        for engine, build in predecessors(data, one.distribution):
+            new = _with_build(new, engine, build, one)
+            new = _with_cells(new, engine, build, one)
+            if build.lock:
+                locks.append(f"{engine.name}-{one.newest}")
     if new != text:
         with tempfile.TemporaryDirectory(prefix="dflash-refresh-") as folder:
             path = Path(folder) / data.path.name
@@ -61,15 +60,16 @@ def matrix_text(
     return new, locks
 
 
-def predecessor(data: Matrix, distribution: str) -> tuple[Engine, Build] | None:
-    """The newest engine that has a build of a distribution, and that build."""
+def predecessors(data: Matrix, distribution: str) -> list[tuple[Engine, Build]]:
+    """The newest engine that has builds of a distribution, with each of them."""
     rows = [
         (engine, build)
         for engine in data.engines.values()
         for build in engine.builds.values()
         if build.distribution == distribution
     ]
-    return max(rows, key=lambda row: Version(row[0].version), default=None)
+    newest = max((Version(engine.version) for engine, _ in rows), default=None)
+    return [row for row in rows if Version(row[0].version) == newest]
 
 
 # --- engines ---

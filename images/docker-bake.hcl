@@ -23,6 +23,7 @@ group "default" {
 
 group "cu130" {
   targets = [
+    "sglang-0-5-23-stock-cu130",
     "vllm-0-19-1-stock-cu130",
     "vllm-0-19-1-all-cu130",
     "vllm-0-24-0-stock-cu130",
@@ -42,6 +43,12 @@ group "cu130" {
 
 group "cpu" {
   targets = [
+    "sglang-0-5-18-stock-cpu",
+    "sglang-0-5-19-stock-cpu",
+    "sglang-0-5-20-stock-cpu",
+    "sglang-0-5-21-stock-cpu",
+    "sglang-0-5-22-stock-cpu",
+    "sglang-0-5-23-stock-cpu",
     "vllm-0-18-1-stock-cpu",
     "vllm-0-18-1-cpu-cpu",
     "vllm-0-18-1-all-cpu",
@@ -76,8 +83,7 @@ group "cpu" {
 }
 
 target "_common" {
-  context    = "."
-  dockerfile = "images/vllm.Dockerfile"
+  context = "."
   args = {
     PLUGIN_VERSION = "0.1.0.dev0"
     REVISION       = REVISION
@@ -85,10 +91,134 @@ target "_common" {
   }
 }
 
+target "sglang-0-5-18-stock-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.18-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.18"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.18.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-19-stock-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.19-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.19"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.19.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-20-stock-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.20-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.20"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.20.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-21-stock-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.21-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.21"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.21.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-22-stock-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.22-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.22"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.22.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-23-stock-cu130" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-stock-cu130"]
+  args = {
+    BASE           = "docker.io/lmsysorg/sglang:v0.5.23"
+    BASE_NAME      = "docker.io/lmsysorg/sglang:v0.5.23"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+  }
+}
+
+target "sglang-0-5-23-stock-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-stock-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "stock"
+    SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.23.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
 target "vllm-0-18-1-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.18.1-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.18.1-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -102,9 +232,10 @@ target "vllm-0-18-1-stock-cpu" {
 }
 
 target "vllm-0-18-1-cpu-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.18.1-dflash-cpu-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.18.1-dflash-cpu-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -118,9 +249,10 @@ target "vllm-0-18-1-cpu-cpu" {
 }
 
 target "vllm-0-18-1-all-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.18.1-dflash-all-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.18.1-dflash-all-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -134,9 +266,10 @@ target "vllm-0-18-1-all-cpu" {
 }
 
 target "vllm-0-19-1-stock-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-stock-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.19.1-dflash-stock-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
@@ -148,9 +281,10 @@ target "vllm-0-19-1-stock-cu130" {
 }
 
 target "vllm-0-19-1-all-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-all-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.19.1-dflash-all-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.19.1-cu130"
@@ -162,9 +296,10 @@ target "vllm-0-19-1-all-cu130" {
 }
 
 target "vllm-0-19-1-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.19.1-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -178,9 +313,10 @@ target "vllm-0-19-1-stock-cpu" {
 }
 
 target "vllm-0-19-1-cpu-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-cpu-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.19.1-dflash-cpu-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -194,9 +330,10 @@ target "vllm-0-19-1-cpu-cpu" {
 }
 
 target "vllm-0-19-1-all-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.19.1-dflash-all-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.19.1-dflash-all-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -210,9 +347,10 @@ target "vllm-0-19-1-all-cpu" {
 }
 
 target "vllm-0-20-2-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.20.2-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -226,9 +364,10 @@ target "vllm-0-20-2-stock-cpu" {
 }
 
 target "vllm-0-20-2-cpu-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-cpu-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.20.2-dflash-cpu-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -242,9 +381,10 @@ target "vllm-0-20-2-cpu-cpu" {
 }
 
 target "vllm-0-20-2-gemma4-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-gemma4-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.20.2-dflash-gemma4-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -258,9 +398,10 @@ target "vllm-0-20-2-gemma4-cpu" {
 }
 
 target "vllm-0-20-2-swa-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-swa-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.20.2-dflash-swa-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -274,9 +415,10 @@ target "vllm-0-20-2-swa-cpu" {
 }
 
 target "vllm-0-20-2-all-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.20.2-dflash-all-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.20.2-dflash-all-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -290,9 +432,10 @@ target "vllm-0-20-2-all-cpu" {
 }
 
 target "vllm-0-22-1-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.22.1-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.22.1-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -306,9 +449,10 @@ target "vllm-0-22-1-stock-cpu" {
 }
 
 target "vllm-0-24-0-stock-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-stock-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-stock-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
@@ -320,9 +464,10 @@ target "vllm-0-24-0-stock-cu130" {
 }
 
 target "vllm-0-24-0-gemma4-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-gemma4-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-gemma4-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
@@ -334,9 +479,10 @@ target "vllm-0-24-0-gemma4-cu130" {
 }
 
 target "vllm-0-24-0-swa-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-swa-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-swa-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
@@ -348,9 +494,10 @@ target "vllm-0-24-0-swa-cu130" {
 }
 
 target "vllm-0-24-0-all-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-all-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-all-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.24.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.24.0"
@@ -362,9 +509,10 @@ target "vllm-0-24-0-all-cu130" {
 }
 
 target "vllm-0-24-0-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -378,9 +526,10 @@ target "vllm-0-24-0-stock-cpu" {
 }
 
 target "vllm-0-24-0-cpu-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-cpu-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-cpu-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -394,9 +543,10 @@ target "vllm-0-24-0-cpu-cpu" {
 }
 
 target "vllm-0-24-0-gemma4-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-gemma4-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-gemma4-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -410,9 +560,10 @@ target "vllm-0-24-0-gemma4-cpu" {
 }
 
 target "vllm-0-24-0-swa-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-swa-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-swa-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -426,9 +577,10 @@ target "vllm-0-24-0-swa-cpu" {
 }
 
 target "vllm-0-24-0-all-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.24.0-dflash-all-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.24.0-dflash-all-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -442,9 +594,10 @@ target "vllm-0-24-0-all-cpu" {
 }
 
 target "vllm-0-26-0-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.26.0-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.26.0-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -458,9 +611,10 @@ target "vllm-0-26-0-stock-cpu" {
 }
 
 target "vllm-0-27-1-stock-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-stock-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.27.1-dflash-stock-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
@@ -472,9 +626,10 @@ target "vllm-0-27-1-stock-cu130" {
 }
 
 target "vllm-0-27-1-gemma4-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-gemma4-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.27.1-dflash-gemma4-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
@@ -486,9 +641,10 @@ target "vllm-0-27-1-gemma4-cu130" {
 }
 
 target "vllm-0-27-1-swa-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-swa-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.27.1-dflash-swa-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
@@ -500,9 +656,10 @@ target "vllm-0-27-1-swa-cu130" {
 }
 
 target "vllm-0-27-1-all-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.27.1-dflash-all-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.27.1-dflash-all-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.27.1"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.27.1"
@@ -514,9 +671,10 @@ target "vllm-0-27-1-all-cu130" {
 }
 
 target "vllm-0-28-0-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.28.0-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.28.0-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -530,9 +688,10 @@ target "vllm-0-28-0-stock-cpu" {
 }
 
 target "vllm-0-30-0-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.30.0-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -546,9 +705,10 @@ target "vllm-0-30-0-stock-cpu" {
 }
 
 target "vllm-0-30-0-cpu-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-cpu-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.30.0-dflash-cpu-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -562,9 +722,10 @@ target "vllm-0-30-0-cpu-cpu" {
 }
 
 target "vllm-0-30-0-gemma4-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-gemma4-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.30.0-dflash-gemma4-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -578,9 +739,10 @@ target "vllm-0-30-0-gemma4-cpu" {
 }
 
 target "vllm-0-30-0-swa-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-swa-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.30.0-dflash-swa-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -594,9 +756,10 @@ target "vllm-0-30-0-swa-cpu" {
 }
 
 target "vllm-0-30-0-all-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.30.0-dflash-all-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.30.0-dflash-all-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -610,9 +773,10 @@ target "vllm-0-30-0-all-cpu" {
 }
 
 target "vllm-0-31-0-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.31.0-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.31.0-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -626,9 +790,10 @@ target "vllm-0-31-0-stock-cpu" {
 }
 
 target "vllm-0-32-0-stock-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-stock-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.32.0-dflash-stock-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -642,9 +807,10 @@ target "vllm-0-32-0-stock-cpu" {
 }
 
 target "vllm-0-32-0-cpu-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-cpu-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.32.0-dflash-cpu-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -658,9 +824,10 @@ target "vllm-0-32-0-cpu-cpu" {
 }
 
 target "vllm-0-32-0-gemma4-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-gemma4-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.32.0-dflash-gemma4-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -674,9 +841,10 @@ target "vllm-0-32-0-gemma4-cpu" {
 }
 
 target "vllm-0-32-0-swa-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-swa-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.32.0-dflash-swa-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -690,9 +858,10 @@ target "vllm-0-32-0-swa-cpu" {
 }
 
 target "vllm-0-32-0-all-cpu" {
-  inherits = ["_common"]
-  target   = "cpu"
-  tags     = ["${REGISTRY}vllm-openai:0.32.0-dflash-all-cpu"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}vllm-openai:0.32.0-dflash-all-cpu"]
   args = {
     BASE           = "docker.io/library/python:3.11-slim-bookworm"
     BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
@@ -706,9 +875,10 @@ target "vllm-0-32-0-all-cpu" {
 }
 
 target "vllm-0-33-0-stock-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-stock-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.33.0-dflash-stock-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -720,9 +890,10 @@ target "vllm-0-33-0-stock-cu130" {
 }
 
 target "vllm-0-33-0-gemma4-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-gemma4-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.33.0-dflash-gemma4-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -734,9 +905,10 @@ target "vllm-0-33-0-gemma4-cu130" {
 }
 
 target "vllm-0-33-0-swa-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-swa-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.33.0-dflash-swa-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"
@@ -748,9 +920,10 @@ target "vllm-0-33-0-swa-cu130" {
 }
 
 target "vllm-0-33-0-all-cu130" {
-  inherits = ["_common"]
-  target   = "cuda"
-  tags     = ["${REGISTRY}vllm-openai:0.33.0-dflash-all-cu130"]
+  inherits   = ["_common"]
+  dockerfile = "images/vllm.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}vllm-openai:0.33.0-dflash-all-cu130"]
   args = {
     BASE           = "docker.io/vllm/vllm-openai:v0.33.0"
     BASE_NAME      = "docker.io/vllm/vllm-openai:v0.33.0"

@@ -1,4 +1,4 @@
-# SGLang with dflash-plugin beside it; not built yet. The targets `cuda` and `cpu` are images; their arguments are
+# SGLang with dflash-plugin beside it. The targets `cuda` and `cpu` are images; their arguments are
 # in docker-bake.hcl, which `python -m ci images --write` makes. Before it is built:
 #   python -m pip wheel --no-deps --wheel-dir dist .
 # For networks with a proxy or a mirror of their own: --secret id=ca,src=BUNDLE, and

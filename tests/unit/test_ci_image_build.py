@@ -141,7 +141,7 @@ def test_a_recipe_changes_with_what_goes_in(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = image_build.by_tag("vllm-openai:0.32.0-dflash-stock-cpu")
-    files = [images.DOCKERFILE, images.PINS, *image_build._sources(image)]
+    files = [image.dockerfile, images.PINS, *image_build._sources(image)]
     for file in files:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes((images.ROOT / file).read_bytes())

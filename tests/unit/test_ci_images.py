@@ -16,7 +16,7 @@ import hcl2
 import pytest
 
 from ci import __main__ as ci_main
-from ci import image_build, images, report
+from ci import image_build, images, images_cli, report
 from ci.records import CellResult
 from dflash_plugin import matrix, patchset
 from dflash_plugin.errors import MatrixError
@@ -34,10 +34,10 @@ def all_images() -> list[images.Image]:
 @pytest.fixture(name="tree")
 def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository without written files but the page."""
-    for path in (images.PAGE, Path("pyproject.toml")):
+    for path in (images_cli.PAGE, Path("pyproject.toml")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text((ROOT / path).read_text())
-    for path in (ROOT / images.RESULTS).glob("*/*.image.json"):
+    for path in (ROOT / images_cli.RESULTS).glob("*/*.image.json"):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -57,12 +57,12 @@ def fake_docker(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
 
 def test_each_release_has_the_variants_it_has_patches_for() -> None:
     sets = set(patchset.available(ROOT / "patches"))
-    found = {(i.version, i.platform, i.variant) for i in all_images()}
+    found = {(f"{i.engine}-{i.version}", i.platform, i.variant) for i in all_images()}
     for engine in matrix.load().engines.values():
-        for platform in engine.builds if engine.name == "vllm" else ():
+        for platform in engine.builds:
             for variant in images.VARIANTS[platform]:
-                there = variant == images.STOCK or ("vllm", engine.version, variant) in sets
-                assert ((engine.version, platform, variant) in found) == there
+                there = variant == images.STOCK or (engine.name, engine.version, variant) in sets
+                assert ((engine.id, platform, variant) in found) == there
 
 
 def test_names_are_unique_and_fit_docker() -> None:
@@ -85,25 +85,34 @@ def test_an_image_says_what_it_is_built_from() -> None:
     cpu = by_tag["vllm-openai:0.32.0-dflash-stock-cpu"].args({})
     assert (ROOT / "ci" / "locks" / cpu["LOCK"]).exists()
     assert cpu["TORCH"] == "2.13.0"
+    assert "TORCHVISION" not in cpu
     assert cpu["SERIES_SHA256"] == ""
+    sglang = by_tag["sglang:0.5.23-dflash-stock-cpu"].args({})
+    assert (sglang["TORCH"], sglang["TORCHVISION"]) == ("2.14.1", "0.29.1")
+    cuda = by_tag["sglang:0.5.23-dflash-stock-cu130"]
+    assert cuda.base == "docker.io/lmsysorg/sglang:v0.5.23"
 
 
-def test_the_dockerfile_takes_every_argument() -> None:
-    text = (ROOT / images.DOCKERFILE).read_text()
-    declared = set(" ".join(re.findall(r"^ARG (.*)$", text, re.M)).replace("=", " ").split())
+def test_a_dockerfile_takes_every_argument() -> None:
     for image in all_images():
+        text = (ROOT / image.dockerfile).read_text()
+        declared = set(" ".join(re.findall(r"^ARG (.*)$", text, re.M)).replace("=", " ").split())
         assert set(image.args({})) <= declared
         assert f" AS {image.platform}\n" in text
+        # One without a value that the bake file does not give would be empty in the image.
+        given = {*image.args({}), "PLUGIN_VERSION", "REVISION", "SOURCE"}
+        stage = text.split(f" AS {image.platform}\n", 1)[1].split("\nFROM ", 1)[0]
+        assert set(re.findall(r"^ARG (\w+)$", stage, re.M)) <= given
 
 
 def test_written_files_are_fresh_and_writing_again_changes_nothing(
     tree: Path, capsys: Captured
 ) -> None:
     assert ci_main.main(["images", "--write"]) == 0
-    for path in (images.BAKE, images.PINS, images.PAGE):
+    for path in (images_cli.BAKE, images.PINS, images_cli.PAGE):
         assert (tree / path).read_text() == (ROOT / path).read_text()
     assert ci_main.main(["images", "--check"]) == 0
-    (tree / images.BAKE).write_text("edited\n")
+    (tree / images_cli.BAKE).write_text("edited\n")
     capsys.readouterr()
     assert ci_main.main(["images", "--check"]) == 1
     assert capsys.readouterr().out.startswith("images/docker-bake.hcl: stale")
@@ -119,11 +128,11 @@ def plain(value: Any) -> Any:
 
 
 def test_the_bake_file_parses_and_has_every_image_in_one_group() -> None:
-    parsed = plain(hcl2.loads((ROOT / images.BAKE).read_text()))
+    parsed = plain(hcl2.loads((ROOT / images_cli.BAKE).read_text()))
     blocks = {kind: {k: v for row in rows for k, v in row.items()} for kind, rows in parsed.items()}
     assert set(blocks) == {"variable", "group", "target"}
     targets, groups = blocks["target"], blocks["group"]
-    assert targets.pop("_common")["dockerfile"] == "images/vllm.Dockerfile"
+    assert targets.pop("_common")["context"] == "."
     assert set(targets) == {image.target for image in all_images()}
     assert groups.pop("default") == {"targets": ["cpu"]}
     grouped = [target for group in groups.values() for target in group["targets"]]
@@ -132,6 +141,8 @@ def test_the_bake_file_parses_and_has_every_image_in_one_group() -> None:
     for image in all_images():
         target = targets[image.target]
         assert target["args"] == image.args(pins)
+        assert target["dockerfile"] == f"images/{image.engine}.Dockerfile"
+        assert target["target"] == image.platform
         assert target["tags"] == [f"${{REGISTRY}}{image.tag}"]
         assert image.target in groups[image.accelerator]["targets"]
 
@@ -140,11 +151,12 @@ def test_json(capsys: Captured) -> None:
     assert ci_main.main(["images", "--json", "--accelerator", "cu130"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["accelerator"] for row in rows} == {"cu130"}
-    command = rows[-1]["command"]
+    (row,) = (row for row in rows if row["tag"] == "vllm-openai:0.33.0-dflash-all-cu130")
+    command = row["command"]
     assert command[:2] == ["docker", "build"]
     assert command[-1] == "."
     assert "--build-arg" in command
-    assert f"SERIES_SHA256={rows[-1]['series_sha256']}" in command
+    assert f"SERIES_SHA256={row['series_sha256']}" in command
     assert {row["cell"] for row in rows} == {""}  # no GPU cell is run
 
 
@@ -153,6 +165,7 @@ def test_an_image_is_tested_with_a_cell_that_runs_in_it() -> None:
     cells = {image.tag: images.cell_for(image, data) for image in all_images()}
     assert cells["vllm-openai:0.32.0-dflash-stock-cpu"] == "vllm-0.32.0/plugin/cpu/tiny-qwen3"
     assert cells["vllm-openai:0.30.0-dflash-cpu-cpu"] == "vllm-0.30.0/patched-cpu/cpu/tiny-qwen3"
+    assert cells["sglang:0.5.23-dflash-stock-cpu"] == "sglang-0.5.23/plugin/cpu/tiny-qwen3"
     for tag, cell_id in cells.items():
         assert not cell_id or image_build.of_cell(data.cell(cell_id)).tag == tag
 
@@ -162,7 +175,7 @@ def test_resolve(tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) 
     assert ci_main.main(["images", "--resolve"]) == 0
     pins = images.read_pins(tree / images.PINS)
     assert set(pins.values()) == {DIGEST}
-    assert f"@{DIGEST}" in (tree / images.BAKE).read_text()
+    assert f"@{DIGEST}" in (tree / images_cli.BAKE).read_text()
     assert ci_main.main(["images", "--check", "--pinned"]) == 0
 
 
@@ -177,7 +190,7 @@ def test_what_cannot_be_resolved_keeps_what_is_known(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, script: str, words: str
 ) -> None:
     names = images.bases(all_images())
-    (tree / images.PINS).write_text(images.pins_text(names, {names[0]: DIGEST}))
+    (tree / images.PINS).write_text(images_cli.pins_text(names, {names[0]: DIGEST}))
     fake_docker(tree, monkeypatch, script)
     assert ci_main.main(["images", "--resolve"]) == 1
     captured = capsys.readouterr()
@@ -214,8 +227,8 @@ def test_pins_that_no_program_wrote(tmp_path: Path, text: str) -> None:
     [
         (images.PINS, "not resolved", "resolved", "status is 'resolved', expected 'not resolved'"),
         (images.PINS, "[[base]]", "[[bose]]", "unknown key 'bose'"),
-        (images.PAGE, images.END, "", "put the two lines back"),
-        (images.BAKE, "0.33.0-dflash", "0.33.1-dflash", "docker-bake.hcl: stale"),
+        (images_cli.PAGE, images_cli.END, "", "put the two lines back"),
+        (images_cli.BAKE, "0.33.0-dflash", "0.33.1-dflash", "docker-bake.hcl: stale"),
         (images.PINS, "v0.33.0", "v0.33.1", "pins.toml: stale"),
     ],
 )
@@ -223,13 +236,13 @@ def test_an_edited_file_is_a_problem(
     tree: Path, path: Path, old: str, new: str, words: str
 ) -> None:
     assert ci_main.main(["images", "--write"]) == 0
-    assert images.problems(tree) == []
+    assert images_cli.problems(tree) == []
     file = tree / path
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new, 1))
-    assert any(words in line for line in images.problems(tree))
+    assert any(words in line for line in images_cli.problems(tree))
     file.unlink()
-    assert any(str(path) in line for line in images.problems(tree))
+    assert any(str(path) in line for line in images_cli.problems(tree))
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -283,7 +296,7 @@ def test_an_installation_needs_exactly_one_wheel(tmp_path: Path, wheels: list[st
 def test_the_table_tells_what_a_recorded_run_found(tree: Path) -> None:
     image = all_images()[0]
     assert ci_main.main(["images", "--write"]) == 0
-    row = next(r for r in (tree / images.PAGE).read_text().splitlines() if image.tag in r)
+    row = next(r for r in (tree / images_cli.PAGE).read_text().splitlines() if image.tag in r)
     assert row.endswith("| not run |")
     result = CellResult(
         "vllm-0.32.0/plugin/cpu/tiny-qwen3",
@@ -291,8 +304,8 @@ def test_the_table_tells_what_a_recorded_run_found(tree: Path) -> None:
         "not faithful",
         environment={"kind": "image", "container": {"image": f"ghcr.io/someone/{image.tag}"}},
     )
-    report.save([result], tree / images.RESULTS)
-    assert any("images.md: stale" in line for line in images.problems(tree))
+    report.save([result], tree / images_cli.RESULTS)
+    assert any("images.md: stale" in line for line in images_cli.problems(tree))
     assert ci_main.main(["images", "--write"]) == 0
-    row = next(r for r in (tree / images.PAGE).read_text().splitlines() if image.tag in r)
+    row = next(r for r in (tree / images_cli.PAGE).read_text().splitlines() if image.tag in r)
     assert row.endswith("| `vllm-0.32.0/plugin/cpu/tiny-qwen3` failed |")

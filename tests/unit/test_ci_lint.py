@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import images, lint, lock, patch_files, report
+from ci import images, images_cli, lint, lock, patch_files, report
 from dflash_plugin import matrix
 
 ELSEWHERE = "/" + "home/someone/models"  # in two parts, or this file would be found itself
@@ -27,7 +27,7 @@ def tree_fixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "module.py").write_text("X = 1\n")
     shutil.copytree(patch_files.ROOT, tmp_path / "patches")
     shutil.copytree(images.ROOT / images.FOLDER, tmp_path / images.FOLDER)
-    for path in (images.PAGE, Path("pyproject.toml")):
+    for path in (images_cli.PAGE, Path("pyproject.toml")):
         shutil.copy(images.ROOT / path, tmp_path / path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     monkeypatch.setattr(lint, "ROOT", tmp_path)
@@ -104,7 +104,7 @@ def test_a_changed_patch_changes_its_images(tree: Path) -> None:
 
 
 def test_a_path_of_one_machine_in_a_dockerfile(tree: Path) -> None:
-    file = tree / images.DOCKERFILE
+    file = tree / "images" / "vllm.Dockerfile"
     file.write_text(file.read_text() + f"WORKDIR {ELSEWHERE}\n")
     (problem,) = _problems(tree)
     assert problem.startswith("images/vllm.Dockerfile:")
