@@ -17,13 +17,10 @@ test-unit: setup
 
 # Images and containers on a real Docker daemon: the one that answers, or as root one that is
 # installed, started and stopped again. Without the registry of the base image, a base is made.
-BASE := docker.io/library/python:3.11-slim-bookworm
 test-containers: setup
 	images/engine.sh start
 	status=0; \
-	if [ -z "$$DFLASH_IMAGE_BASE" ] && ! docker pull --quiet $(BASE); then \
-		images/engine.sh base dflash-base:bookworm && export DFLASH_IMAGE_BASE=dflash-base:bookworm; \
-	fi; \
+	DFLASH_IMAGE_BASE=$$(images/engine.sh base) && export DFLASH_IMAGE_BASE && \
 	$(PY) -m pytest tests/containers $(PYTEST_ARGS) || status=$$?; \
 	images/engine.sh stop; \
 	exit $$status

