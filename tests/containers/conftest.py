@@ -53,9 +53,14 @@ def nothing_left(client: Any) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def fake_image(client: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def base() -> str:
+    """The base of CPU images."""
+    return os.environ.get("DFLASH_IMAGE_BASE") or images.CPU_BASE
+
+
+@pytest.fixture(scope="session")
+def fake_image(client: Any, base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """An image whose engine is the stand-in; it takes seconds to build."""
-    base = os.environ.get("DFLASH_IMAGE_BASE") or images.CPU_BASE
     context = tmp_path_factory.mktemp("context")
     shutil.copytree(ROOT / "tests" / "fake_engine", context / "fake_engine")
     (context / "Dockerfile").write_text(
