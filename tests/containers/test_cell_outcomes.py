@@ -45,8 +45,9 @@ def small_daemon_fixture(client: Any) -> Iterator[str]:
         "host": address, "bridge": "none", "iptables": "false",
     }  # fmt: skip
     log = (folder / "log").open("wb")
+    # In a network of its own: a daemon without a bridge removes the bridge of the others.
     process = subprocess.Popen(
-        [dockerd, *(f"--{key}={value}" for key, value in options.items())],
+        ["unshare", "--net", dockerd, *(f"--{key}={value}" for key, value in options.items())],
         stdout=log,
         stderr=subprocess.STDOUT,
     )
