@@ -51,12 +51,15 @@ def built(
     """(what it should be, the name of what was built on the stand-in)."""
     image = image_build.by_tag(request.param)
     context = tmp_path_factory.mktemp("context")
-    wanted = engine_sources.files() if image.engine == "vllm" else ()  # SGLang has no patches
-    try:
-        sources = wheel_sources.fetch(image.engine, image.version, wanted)
-    except DownloadError as err:
-        pytest.skip(f"not run: {err}")
-    shutil.copytree(sources, context / "wheel")
+    wanted = {f"{image.engine}-{image.version}.dist-info/RECORD"}
+    if image.engine == "vllm":  # SGLang has no patches
+        wanted |= engine_sources.files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wheel_sources, "folder", lambda: context)
+        try:
+            wheel_sources.fetch(image.engine, image.version, wanted).rename(context / "wheel")
+        except DownloadError as err:
+            pytest.skip(f"not run: {err}")
     spec = find_spec("packaging")
     assert spec and spec.origin
     # What the engine brings, and the plugin's wheel needs.
