@@ -23,7 +23,7 @@ CELLS = [
 ]
 ADDED = 5_000_000
 """Bytes that the plugin and a patch set may add to a base."""
-ROOM = {"vllm": 6 << 30, "sglang": 14 << 30}
+ROOM = {"vllm": 6 << 30, "sglang": 12 << 30}
 """Bytes of disk that a build may need: PyPI's torch for SGLang is one for CUDA."""
 
 
