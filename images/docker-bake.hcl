@@ -24,6 +24,8 @@ group "default" {
 group "cu130" {
   targets = [
     "sglang-0-5-23-stock-cu130",
+    "sglang-0-5-23-swa-cu130",
+    "sglang-0-5-23-all-cu130",
     "vllm-0-19-1-stock-cu130",
     "vllm-0-19-1-all-cu130",
     "vllm-0-24-0-stock-cu130",
@@ -44,11 +46,29 @@ group "cu130" {
 group "cpu" {
   targets = [
     "sglang-0-5-18-stock-cpu",
+    "sglang-0-5-18-cpu-cpu",
+    "sglang-0-5-18-swa-cpu",
+    "sglang-0-5-18-all-cpu",
     "sglang-0-5-19-stock-cpu",
+    "sglang-0-5-19-cpu-cpu",
+    "sglang-0-5-19-swa-cpu",
+    "sglang-0-5-19-all-cpu",
     "sglang-0-5-20-stock-cpu",
+    "sglang-0-5-20-cpu-cpu",
+    "sglang-0-5-20-swa-cpu",
+    "sglang-0-5-20-all-cpu",
     "sglang-0-5-21-stock-cpu",
+    "sglang-0-5-21-cpu-cpu",
+    "sglang-0-5-21-swa-cpu",
+    "sglang-0-5-21-all-cpu",
     "sglang-0-5-22-stock-cpu",
+    "sglang-0-5-22-cpu-cpu",
+    "sglang-0-5-22-swa-cpu",
+    "sglang-0-5-22-all-cpu",
     "sglang-0-5-23-stock-cpu",
+    "sglang-0-5-23-cpu-cpu",
+    "sglang-0-5-23-swa-cpu",
+    "sglang-0-5-23-all-cpu",
     "vllm-0-18-1-stock-cpu",
     "vllm-0-18-1-cpu-cpu",
     "vllm-0-18-1-all-cpu",
@@ -109,6 +129,60 @@ target "sglang-0-5-18-stock-cpu" {
   }
 }
 
+target "sglang-0-5-18-cpu-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.18-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.18"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "cfece4a16b7f6e8209f8eb0d67f2aa3b245807bf5c4361437b145d642db538c8"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.18.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-18-swa-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.18-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.18"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "993e083876f8120b8a6d8d9c4473f2a88b6042cbecaa53de1a347e0ae6d64616"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.18.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-18-all-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.18-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.18"
+    VARIANT        = "all"
+    SERIES_SHA256  = "106e0711fa0b86bbdb99a519958e2804271fd74ad5504bad418eafc7f8162609"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.18.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
 target "sglang-0-5-19-stock-cpu" {
   inherits   = ["_common"]
   dockerfile = "images/sglang.Dockerfile"
@@ -121,6 +195,60 @@ target "sglang-0-5-19-stock-cpu" {
     ENGINE_VERSION = "0.5.19"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.19.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-19-cpu-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.19-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.19"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "6f1aebc8f9ee3bc505ab820b197eb7d429e34d1abe6051407f5145aea51300b4"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.19.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-19-swa-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.19-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.19"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "8b243be12a504e2803303bf0220ded0b0e3313dd727ca2ab5cb8da5a34bd8666"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.19.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-19-all-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.19-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.19"
+    VARIANT        = "all"
+    SERIES_SHA256  = "986a9378ffaeb4a1dddca25c44952bdc560b8b08672afd2005b56f5f3eb9cdd0"
     TORCH          = "2.14.1"
     LOCK           = "sglang-cpu-0.5.19.txt"
     TORCHVISION    = "0.29.1"
@@ -145,6 +273,60 @@ target "sglang-0-5-20-stock-cpu" {
   }
 }
 
+target "sglang-0-5-20-cpu-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.20-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.20"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "c491ded16850af30f0e8c5b11e91c227f12cc01ef7f83603e0c3958ee6e2aa25"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.20.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-20-swa-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.20-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.20"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "19e9703285bfe83730fcc6e6b36b86e412eec2048754dabca26dcb929973887f"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.20.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-20-all-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.20-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.20"
+    VARIANT        = "all"
+    SERIES_SHA256  = "364049d875419a24397cddd5468b4c79b717ec66afde32b1eda6586bf0998e98"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.20.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
 target "sglang-0-5-21-stock-cpu" {
   inherits   = ["_common"]
   dockerfile = "images/sglang.Dockerfile"
@@ -157,6 +339,60 @@ target "sglang-0-5-21-stock-cpu" {
     ENGINE_VERSION = "0.5.21"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.21.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-21-cpu-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.21-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.21"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "8e7272061539b47e599f5c431e4d6e3bdf064b5ce1733c177f3e4c620cc3a7fb"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.21.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-21-swa-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.21-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.21"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "634da65c36a946ddc3aa59817b1e1e65ec29c36f88177f365a63b6057e58771a"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.21.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-21-all-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.21-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.21"
+    VARIANT        = "all"
+    SERIES_SHA256  = "1c5faf82e5adfe59c7faafa14423ef29787baa916f5dc3416507293f2a084573"
     TORCH          = "2.14.1"
     LOCK           = "sglang-cpu-0.5.21.txt"
     TORCHVISION    = "0.29.1"
@@ -181,6 +417,60 @@ target "sglang-0-5-22-stock-cpu" {
   }
 }
 
+target "sglang-0-5-22-cpu-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.22-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.22"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "0eba6076cd91efdaa41a1319c8343c7d107ed6205630579f1ce7964688214991"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.22.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-22-swa-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.22-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.22"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "fe08f5ec7adb3499327b1e0ee1893493fe8e9ab56eefd10f87601f7625237569"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.22.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-22-all-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.22-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.22"
+    VARIANT        = "all"
+    SERIES_SHA256  = "68ab58a1cce15d9c4c058b85ab00809a69e6426ad2f5e8f913d93165387dbbdf"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.22.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
 target "sglang-0-5-23-stock-cu130" {
   inherits   = ["_common"]
   dockerfile = "images/sglang.Dockerfile"
@@ -196,6 +486,36 @@ target "sglang-0-5-23-stock-cu130" {
   }
 }
 
+target "sglang-0-5-23-swa-cu130" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-swa-cu130"]
+  args = {
+    BASE           = "docker.io/lmsysorg/sglang:v0.5.23"
+    BASE_NAME      = "docker.io/lmsysorg/sglang:v0.5.23"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "e7788286799cc96d6d0566e367317de039ab70f9a26505a249618e0729eda6ec"
+  }
+}
+
+target "sglang-0-5-23-all-cu130" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cuda"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-all-cu130"]
+  args = {
+    BASE           = "docker.io/lmsysorg/sglang:v0.5.23"
+    BASE_NAME      = "docker.io/lmsysorg/sglang:v0.5.23"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "all"
+    SERIES_SHA256  = "3f85fc260fb825dbec9facd4e2da63b71cb432f9764218cdd095777840576261"
+  }
+}
+
 target "sglang-0-5-23-stock-cpu" {
   inherits   = ["_common"]
   dockerfile = "images/sglang.Dockerfile"
@@ -208,6 +528,60 @@ target "sglang-0-5-23-stock-cpu" {
     ENGINE_VERSION = "0.5.23"
     VARIANT        = "stock"
     SERIES_SHA256  = ""
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.23.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-23-cpu-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-cpu-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "cpu"
+    SERIES_SHA256  = "a7e4eb0076d2c0c70abc8bbceae4df53dc5b8ad375b4320187e2b72bd4c73e8b"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.23.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-23-swa-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-swa-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "swa"
+    SERIES_SHA256  = "e7788286799cc96d6d0566e367317de039ab70f9a26505a249618e0729eda6ec"
+    TORCH          = "2.14.1"
+    LOCK           = "sglang-cpu-0.5.23.txt"
+    TORCHVISION    = "0.29.1"
+  }
+}
+
+target "sglang-0-5-23-all-cpu" {
+  inherits   = ["_common"]
+  dockerfile = "images/sglang.Dockerfile"
+  target     = "cpu"
+  tags       = ["${REGISTRY}sglang:0.5.23-dflash-all-cpu"]
+  args = {
+    BASE           = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_NAME      = "docker.io/library/python:3.11-slim-bookworm"
+    BASE_DIGEST    = ""
+    ENGINE_VERSION = "0.5.23"
+    VARIANT        = "all"
+    SERIES_SHA256  = "3f85fc260fb825dbec9facd4e2da63b71cb432f9764218cdd095777840576261"
     TORCH          = "2.14.1"
     LOCK           = "sglang-cpu-0.5.23.txt"
     TORCHVISION    = "0.29.1"

@@ -22,7 +22,7 @@ from ci.images import Image
 from dflash_plugin.errors import DownloadError
 
 ROOT = Path(__file__).parents[2]
-TAGS = ["vllm-openai:0.33.0-dflash-all-cu130", "sglang:0.5.23-dflash-stock-cu130"]
+TAGS = ["vllm-openai:0.33.0-dflash-all-cu130", "sglang:0.5.23-dflash-all-cu130"]
 SITE = "/engine/lib/python3.11/site-packages/"
 STAND_IN = f"""\
 FROM {{base}}
@@ -51,9 +51,8 @@ def built(
     """(what it should be, the name of what was built on the stand-in)."""
     image = image_build.by_tag(request.param)
     context = tmp_path_factory.mktemp("context")
-    wanted = {f"{image.engine}-{image.version}.dist-info/RECORD"}
-    if image.engine == "vllm":  # SGLang has no patches
-        wanted |= engine_sources.files()
+    record = f"{image.engine}-{image.version}.dist-info/RECORD"
+    wanted = engine_sources.files(image.engine) | {record}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wheel_sources, "folder", lambda: context)
         try:
