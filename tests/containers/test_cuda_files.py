@@ -22,7 +22,7 @@ from ci.images import Image
 from dflash_plugin.errors import DownloadError
 
 ROOT = Path(__file__).parents[2]
-TAGS = ["vllm-openai:0.33.0-dflash-all-cu130", "sglang:0.5.23-dflash-all-cu130"]
+TAGS = ["vllm-openai:0.33.0-dflash-all-cu130", "sglang:0.5.23-dflash-stock-cu130"]
 SITE = "/engine/lib/python3.11/site-packages/"
 STAND_IN = f"""\
 FROM {{base}}
