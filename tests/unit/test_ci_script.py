@@ -36,9 +36,15 @@ def run(
 
 
 def test_a_cell_is_run_in_a_container_after_the_tests(tmp_path: Path) -> None:
-    done = run(tmp_path, engine='test "$1" != base || echo mine:1', cell="echo $DFLASH_IMAGE_BASE")
+    closing = "=== 3 passed in 1.50s ==="
+    done = run(
+        tmp_path,
+        make=f'test "$1" != test || echo "{closing}"',
+        engine='test "$1" != base || echo mine:1',
+        cell="echo $DFLASH_IMAGE_BASE",
+    )
     assert done.returncode == 0
-    assert done.stdout == "mine:1\n"
+    assert done.stdout.splitlines() == [closing, "mine:1", closing]
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [line.split()[:2] for line in calls] == [
         ["make", "lint"], ["make", "test"], ["engine.sh", "start"], ["engine.sh", "base"],
