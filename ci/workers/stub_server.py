@@ -1,8 +1,9 @@
 """A lean server for the load generator: canned streams, faults on demand; a process of its own.
 
 ``python stub_server.py '{"tokens": 64, "per_event": 1, …}'`` prints its port. Options:
-tokens, per_event, delay (seconds between events; 0: all at once), and a fault of every
-``fault_every``-th request: status, malformed, cut, hang, error, empty, die.
+tokens, per_event, delay (seconds between events; 0: all at once), ids (false: as SGLang, which
+refuses to stream token ids and tells counts), and a fault of every ``fault_every``-th request:
+status, malformed, cut, hang, error, empty, die.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-def event(index: int, count: int, last: bool) -> bytes:
+def event(index: int, count: int, last: bool, ids: bool = True) -> bytes:
+    told = {"token_ids": list(range(index, index + count))} if ids else {}
+    usage = {} if ids else {"usage": {"prompt_tokens": 3, "completion_tokens": index + count}}
     body = {
+        **usage,
         "id": "chatcmpl-0123456789abcdef",
         "object": "chat.completion.chunk",
         "created": 1700000000,
@@ -32,7 +36,7 @@ def event(index: int, count: int, last: bool) -> bytes:
                 "delta": {"content": " word" * count},
                 "logprobs": None,
                 "finish_reason": "length" if last else None,
-                "token_ids": list(range(index, index + count)),
+                **told,
             }
         ],
     }
@@ -83,6 +87,8 @@ class Stub(asyncio.Protocol):
         asked = json.loads(body)
         if asked["model"] not in self.served:
             return self.plain(404, f"The model `{asked['model']}` does not exist.")
+        if asked.get("return_token_ids") and not options.get("ids", True):
+            return self.plain(400, "return_token_ids is not supported with streaming")
         cls.requests += 1
         every = options.get("fault_every", 0)
         if every and cls.requests % every == 0:
@@ -139,7 +145,10 @@ class Stub(asyncio.Protocol):
         cls.options = options
         total, per = options.get("tokens", 8), options.get("per_event", 1)
         starts = [0, *range(1, total, per)]  # the prefill's token, then a step each
-        cls.events = [event(i, min(per if i else 1, total - i), i == starts[-1]) for i in starts]
+        ids = cls.options.get("ids", True)
+        cls.events = [
+            event(i, min(per if i else 1, total - i), i == starts[-1], ids) for i in starts
+        ]
         cls.whole = (
             HEAD + b"".join(map(chunk, cls.events)) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
         )

@@ -77,7 +77,6 @@ class Sampling:
             "top_p": self.top_p,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-            "return_token_ids": True,  # vLLM's; other servers ignore it
         }
         if self.top_k:
             body["top_k"] = self.top_k
@@ -95,12 +94,19 @@ class Client:
     Args:
         timeout: seconds for a whole answer.
         stall: seconds without a byte after which an answer counts as hanging.
+        token_ids: ask for them, as vLLM understands; SGLang refuses to stream then.
     """
 
     def __init__(
-        self, base_url: str, model: str, *, timeout: float = 600.0, stall: float = 120.0
+        self,
+        base_url: str,
+        model: str,
+        *,
+        timeout: float = 600.0,
+        stall: float = 120.0,
+        token_ids: bool = True,
     ) -> None:
-        self.base_url, self.model = base_url.rstrip("/"), model
+        self.base_url, self.model, self._token_ids = base_url.rstrip("/"), model, token_ids
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10, sock_read=stall)
         # HTTP_PROXY is for other machines, also where NO_PROXY forgets to say so.
         self._local = urlsplit(base_url).hostname in ("127.0.0.1", "::1", "localhost")
@@ -123,7 +129,8 @@ class Client:
         """Stream one answer to its end; never raises for what a server does."""
         assert self._session is not None, "use the client as a context manager"
         path = "/v1/completions" if sampling.raw else "/v1/chat/completions"
-        data = orjson.dumps(sampling.body(self.model, messages))
+        body = sampling.body(self.model, messages)
+        data = orjson.dumps(body | {"return_token_ids": True} if self._token_ids else body)
         answer = Answer()
         start = time.perf_counter()
         try:

@@ -127,9 +127,12 @@ def _at_urls(args: argparse.Namespace) -> int:
             raise UsageError(f"--peer {peer}: expected NAME=URL, each name once")
         urls[name] = url
     sides = {
-        name: ServerSide(url, args.model, timeout=args.timeout, stall=args.stall)
+        name: ServerSide(
+            url, args.model, timeout=args.timeout, stall=args.stall,
+            token_ids=args.backend == "vllm",
+        )
         for name, url in urls.items()
-    }
+    }  # fmt: skip
     plan = _plan(args, [Arm(name, k if name == DFLASH else None) for name in urls])
     plan = replace(plan, model=sides[DFLASH].model, draft=args.draft_model)
     version = sides[DFLASH].version()

@@ -119,8 +119,9 @@ class Starter:
                     continue
                 for arm, client in zip(group, clients, strict=True):
                     sides[arm.name] = ServerSide(
-                        client.base_url, client.model, timeout=self.timeout, stall=self.stall
-                    )
+                        client.base_url, client.model, timeout=self.timeout, stall=self.stall,
+                        token_ids=self.engine.name == "vllm",
+                    )  # fmt: skip
             yield sides, not_run
 
     def _spec(self, arm: Arm) -> ArmServer:

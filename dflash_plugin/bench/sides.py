@@ -35,13 +35,15 @@ class ServerSide:
 
     Args:
         model: the name to ask for; None: the one model that the server has.
-        timeout, stall: see :class:`.client.Client`.
+        timeout, stall, token_ids: see :class:`.client.Client`.
 
     Raises:
         RequestError: no server there, or it does not serve that model.
     """
 
-    def __init__(self, url: str, model: str | None, *, timeout: float, stall: float) -> None:
+    def __init__(
+        self, url: str, model: str | None, *, timeout: float, stall: float, token_ids: bool = True
+    ) -> None:
         self._server = ServerClient(url, model or "")
         served = self._server.models()
         if model is None and len(served) == 1:
@@ -51,7 +53,8 @@ class ServerSide:
                 f"{url}: serves {', '.join(served) or 'nothing'}, not {model}",
                 hint="give --model one of these names",
             )
-        self.label, self.model, self._timeout, self._stall = url, model, timeout, stall
+        self.label, self.model = url, model
+        self._options: dict[str, Any] = {"timeout": timeout, "stall": stall, "token_ids": token_ids}
 
     def version(self) -> str | None:
         """The engine's; None where the server does not tell."""
@@ -59,7 +62,7 @@ class ServerSide:
 
     def client(self) -> AbstractAsyncContextManager[Answers]:
         """A client for one pass."""
-        return Client(self.label, self.model, timeout=self._timeout, stall=self._stall)
+        return Client(self.label, self.model, **self._options)
 
     def acceptance(self) -> AcceptanceStats | None:
         """The server's counters; None where it runs without speculation."""

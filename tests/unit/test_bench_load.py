@@ -53,6 +53,17 @@ def test_every_prompt_is_asked_once_with_ids_and_times():
         assert answer.text == " word" * 9
 
 
+def test_a_server_that_streams_no_ids_is_counted_by_its_usage():
+    with stub(tokens=9, per_event=4, ids=False) as url:
+        _, refused = one_pass(url)
+        _, noted = one_pass(url, token_ids=False)
+    assert {answer.error for answer in answers(refused)} == {"http_400"}
+    for answer in answers(noted):
+        assert (answer.error, answer.token_ids) == (None, None)
+        assert answer.sizes == [1, 4, 4]
+        assert answer.tokens == 9
+
+
 def test_turns_follow_each_other_with_the_answers_between():
     asked = []
 
