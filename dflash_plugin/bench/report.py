@@ -115,6 +115,8 @@ def _cards(
 ) -> list[dict[str, str]]:
     """Verdicts: what, how good (``good``, ``bad``, ``plain``), the number, and a sentence."""
     cards = []
+    # Events tell how many tokens were accepted at most, not how many are drafted.
+    asked = {arm["name"]: arm["num_speculative_tokens"] for arm in settings.get("arms", ())}
     for dataset, levels in summary["datasets"].items():
         ratios = {
             level: row["speedup"][DFLASH]["median"]
@@ -132,7 +134,7 @@ def _cards(
                                ratios[first] > 1))  # fmt: skip
         stats = summary["acceptance"].get(dataset, {}).get(DFLASH)
         if stats:
-            k = stats["num_speculative_tokens"]
+            k = asked.get(DFLASH) or stats["num_speculative_tokens"]
             cards.append(_card(f"acceptance length, {dataset}", _number(stats["al"], 2),
                                f"tokens a step with K {k}; 1: a useless draft."))  # fmt: skip
         same = [row["arms"].get(DFLASH, {}).get("same_tokens") for row in levels.values()]
