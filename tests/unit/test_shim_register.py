@@ -26,6 +26,9 @@ from dflash_plugin.shims import (
     vllm_register_cpu_runner as cpu_runner,
 )
 from dflash_plugin.shims import (
+    vllm_register_lookahead as lookahead,
+)
+from dflash_plugin.shims import (
     vllm_register_proposer as proposer,
 )
 
@@ -268,6 +271,23 @@ def test_asynchronous_scheduling_where_there_is_a_device(monkeypatch, cpu):
     asynchronous.apply(module)
     assert ("dflash" in get_args(module.EagleModelTypes)) is not cpu
     assert {"eagle", "eagle3"} <= set(get_args(module.EagleModelTypes))
+
+
+@pytest.mark.parametrize(("method", "expected"), [*((m, 7) for m in OTHERS), ("dflash", 5)])
+def test_a_block_gets_a_slot_for_every_row(method, expected):
+    class Scheduler:
+        def __init__(self, vllm_config, kv_cache_config, *, log_stats=False):
+            self.vllm_config, self.num_spec_tokens = vllm_config, 4
+            self.num_lookahead_tokens, self.given = 7, (kv_cache_config, log_stats)
+            self.kv_cache_manager = SimpleNamespace(allocate_slots=None)
+
+    module = ModuleType("scheduler")
+    module.Scheduler = Scheduler
+    lookahead.apply(module)
+    config = SimpleNamespace(speculative_config=speculative(method))
+    made = Scheduler(config, "kv", log_stats=True)
+    assert made.num_lookahead_tokens == expected
+    assert made.given == ("kv", True)
 
 
 # --- proposer and CPU runner ----------------------------------------------------
