@@ -129,7 +129,7 @@ def _at_urls(args: argparse.Namespace) -> int:
     sides = {
         name: ServerSide(
             url, args.model, timeout=args.timeout, stall=args.stall,
-            token_ids=args.backend == "vllm",
+            engine=args.backend,
         )
         for name, url in urls.items()
     }  # fmt: skip

@@ -120,7 +120,7 @@ class Starter:
                 for arm, client in zip(group, clients, strict=True):
                     sides[arm.name] = ServerSide(
                         client.base_url, client.model, timeout=self.timeout, stall=self.stall,
-                        token_ids=self.engine.name == "vllm",
+                        engine=self.engine.name,
                     )  # fmt: skip
             yield sides, not_run
 

@@ -35,14 +35,15 @@ class ServerSide:
 
     Args:
         model: the name to ask for; None: the one model that the server has.
-        timeout, stall, token_ids: see :class:`.client.Client`.
+        timeout, stall: see :class:`.client.Client`.
+        engine: what serves there; vLLM alone is asked for token ids.
 
     Raises:
         RequestError: no server there, or it does not serve that model.
     """
 
     def __init__(
-        self, url: str, model: str | None, *, timeout: float, stall: float, token_ids: bool = True
+        self, url: str, model: str | None, *, timeout: float, stall: float, engine: str = "vllm"
     ) -> None:
         self._server = ServerClient(url, model or "")
         served = self._server.models()
@@ -54,7 +55,8 @@ class ServerSide:
                 hint="give --model one of these names",
             )
         self.label, self.model = url, model
-        self._options: dict[str, Any] = {"timeout": timeout, "stall": stall, "token_ids": token_ids}
+        ids = engine == "vllm"
+        self._options: dict[str, Any] = {"timeout": timeout, "stall": stall, "token_ids": ids}
 
     def version(self) -> str | None:
         """The engine's; None where the server does not tell."""
