@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_training_config import MINIMAL, read
 
 from dflash_plugin.errors import TrainingError, UsageError
-from dflash_plugin.training.recipe import prompts, templates
+from dflash_plugin.training.recipe import prompts, sources, templates
 from dflash_plugin.training.recipe.config import Source
 from dflash_plugin.training.recipe.prompts import Exclusions, Prompt, windows
 
@@ -93,12 +93,12 @@ def test_excluded_by_file_and_by_hash(tmp_path):
     source = Source("jsonl", "data", path=str(data))
     for excluded in (tests, hashes):
         told = with_sources(tmp_path, source, exclude=(str(excluded),))
-        found, counts = prompts.collect(told)
+        found, counts = sources.collect(told)
         assert [prompt.text for prompt in found] == ["mine"]
         assert counts == {"duplicates": 1, "excluded": 1, "data": 1}
     jsonl(data, {"prompt": text})
     with pytest.raises(TrainingError, match="no prompt is left"):
-        prompts.collect(with_sources(tmp_path, source, exclude=(str(tests),)))
+        sources.collect(with_sources(tmp_path, source, exclude=(str(tests),)))
 
 
 def test_conversations_end_with_the_user(tmp_path):
@@ -107,8 +107,8 @@ def test_conversations_end_with_the_user(tmp_path):
         tmp_path / "data.jsonl", {"m": [*turns, {"role": "assistant", "content": "no"}]}, {"m": "x"}
     )
     source = Source("jsonl", "data", path=str(path), prompt="m")
-    assert list(prompts.read_source(source, 0)) == [turns, user("x")]
-    assert list(prompts.read_source(replace(source, count=1), 0)) == [turns]
+    assert list(sources.read_source(source, read(tmp_path, MINIMAL))) == [turns, user("x")]
+    assert list(sources.read_source(replace(source, count=1), read(tmp_path, MINIMAL))) == [turns]
 
 
 @pytest.mark.parametrize(
@@ -126,18 +126,22 @@ def test_bad_records_are_named(tmp_path, line, message):
     path = tmp_path / "data.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(UsageError, match=message):
-        list(prompts.read_source(Source("jsonl", "d", path=str(path)), 0))
+        list(sources.read_source(Source("jsonl", "d", path=str(path)), read(tmp_path, MINIMAL)))
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"gone\.jsonl: cannot be read"):
-        list(prompts.read_source(Source("jsonl", "d", path=str(tmp_path / "gone.jsonl")), 0))
+        list(
+            sources.read_source(
+                Source("jsonl", "d", path=str(tmp_path / "gone.jsonl")), read(tmp_path, MINIMAL)
+            )
+        )
     with pytest.raises(UsageError, match=r"gone\.sha256"):
         Exclusions.load([str(tmp_path / "gone.sha256")])
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    found, _ = prompts.collect(with_sources(tmp_path, Source("templates", "chat", 30)))
+    found, _ = sources.collect(with_sources(tmp_path, Source("templates", "chat", 30)))
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(prompt.to_json() + "\n" for prompt in found))
     assert prompts.read(path) == found

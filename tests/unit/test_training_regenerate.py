@@ -20,7 +20,7 @@ from dflash_plugin.errors import (  # noqa: E402
     RequestError,
     TrainingError,
 )
-from dflash_plugin.training.recipe import answers, models, prompts, regenerate  # noqa: E402
+from dflash_plugin.training.recipe import answers, models, regenerate, sources  # noqa: E402
 from dflash_plugin.training.recipe.answers import Answer, AnswerFile  # noqa: E402
 from dflash_plugin.training.recipe.clock import Clock  # noqa: E402
 
@@ -35,7 +35,7 @@ def target(tmp_path_factory) -> Path:
 
 def run(told, clock: Clock | None = None) -> list[Answer]:
     path = told.out / "answers.jsonl"
-    asked, _ = prompts.collect(told)
+    asked, _ = sources.collect(told)
     regenerate.regenerate(told, asked, path, clock or Clock(), CPU)
     return list(answers.read(path))
 
@@ -180,7 +180,7 @@ def test_a_server_of_another_model(tmp_path, target, server: Stub):
 def test_a_server_that_fails_later_keeps_what_it_said(tmp_path, target, server: Stub):
     told = with_server(tmp_path, target, server)
     server.parts = [completion("w5 w6 w7", [5, 6, 7])]
-    asked, _ = prompts.collect(told)
+    asked, _ = sources.collect(told)
     clock = Clock()
     calls = iter([False, True])
 

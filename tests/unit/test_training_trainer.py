@@ -23,7 +23,12 @@ from recipe_helpers import (  # noqa: E402
     write_answers,
 )
 
-from dflash_plugin.errors import CheckpointError, PairMismatchError, TrainingError  # noqa: E402
+from dflash_plugin.errors import (  # noqa: E402
+    CheckpointError,
+    MissingDependencyError,
+    PairMismatchError,
+    TrainingError,
+)
 from dflash_plugin.reference.model import DraftModel  # noqa: E402
 from dflash_plugin.reference.replay import replay  # noqa: E402
 from dflash_plugin.training.export import export  # noqa: E402
@@ -60,10 +65,12 @@ def stop_after(trainer, step: int) -> None:
     trainer.step = counted
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path, target, precision):
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")]
+)
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, target, precision, optimizer):
     told = make_config(tmp_path, target, features="teacher = 2", fit="distill = 0.3")
-    told = replace(told, fit=replace(told.fit, precision=precision))
+    told = replace(told, fit=replace(told.fit, precision=precision, optimizer=optimizer))
     whole = make_trainer(told, "whole")
     whole.run()
     for stop in (5, 11):
@@ -153,8 +160,46 @@ def test_a_budget_fixes_the_steps_once(tmp_path, target):
     assert again.state.steps == 90 and again.state.timed
 
 
-def test_the_loss_falls_and_al_rises(tmp_path, target):
-    told = make_config(tmp_path, target, epochs=60)
+def test_muon_takes_the_matrices_and_adamw_the_rest(tmp_path, target, monkeypatch):
+    told = make_config(tmp_path, target, fit='optimizer = "muon"')
+    trainer = make_trainer(told)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.step()
+    trainer.save()
+    held = tensors.load(trainer.folder / CHECKPOINT)
+    for name, old, parameter in zip(trainer.names, before, trainer.parameters, strict=True):
+        kind = "momentum_buffer" if parameter.ndim > 1 else "exp_avg"
+        assert {key for key in held if key.endswith(f".{name}")} >= {f"optimizer.{kind}.{name}"}
+        assert (f"optimizer.exp_avg.{name}" in held) == (parameter.ndim <= 1)
+        assert not torch.equal(old, parameter), name
+    with pytest.raises(CheckpointError, match="not a checkpoint of this draft"):
+        less = {key: value for key, value in held.items() if "momentum" not in key}
+        tensors.save(trainer.folder / CHECKPOINT, less, vars(trainer.state))
+        make_trainer(told)
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(MissingDependencyError, match="has no Muon"):
+        make_trainer(told, "other")
+
+
+def test_muons_steps_are_as_large_as_adamws(tmp_path, target):
+    sizes = {}
+    for optimizer in ("adamw", "muon"):
+        told = make_config(tmp_path, target, fit=f'optimizer = "{optimizer}"\nweight_decay = 0.0')
+        trainer = make_trainer(told, optimizer)
+        before = [parameter.detach().clone() for parameter in trainer.parameters]
+        trainer.step()
+        sizes[optimizer] = [
+            float((after.detach() - old).square().mean().sqrt())
+            for old, after in zip(before, trainer.parameters, strict=True)
+            if old.ndim > 1
+        ]
+    for one, other in zip(*sizes.values(), strict=True):
+        assert 0.05 < other / one < 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls_and_al_rises(tmp_path, target, optimizer):
+    told = make_config(tmp_path, target, epochs=60, fit=f'optimizer = "{optimizer}"')
     write_answers(told.out / "answers.jsonl", 8)
     trainer = make_trainer(told)
     trainer.run()

@@ -6,13 +6,20 @@ from collections.abc import Iterator
 
 from .config import Config, Draft, Source
 
-SOURCE_KINDS = {"templates": "count", "jsonl": "path", "hub": "dataset"}
+SOURCE_KINDS = {
+    "templates": "count",
+    "jsonl": "path",
+    "hub": "dataset",
+    "python": "count",
+    "target": "count",
+}
 """What each kind of source needs."""
 _DTYPES = ("bfloat16", "float32")
 _CHOICES = (
     ("target", "dtype", _DTYPES),
     ("regenerate", "how", ("transformers", "server")),
     ("features", "how", ("stored", "on-the-fly")),
+    ("fit", "optimizer", ("adamw", "muon")),
     ("fit", "precision", _DTYPES),
 )
 _AT_LEAST = (
@@ -90,6 +97,9 @@ def _together(config: Config) -> Iterator[tuple[str, str]]:
         yield "regenerate", "model is missing: the name the server has the target by"
     if bool(config.evaluate.url) != bool(config.evaluate.model):
         yield "evaluate", "url and model belong together; one is missing"
+    makes_up = any(source.kind == "target" for source in config.prompts.source)
+    if makes_up and config.regenerate.how != "server":
+        yield "prompts", 'a source of kind "target" needs regenerate.how = "server"'
     if not config.prompts.source and not config.regenerate.reuse:
         yield "prompts", "no [[prompts.source]], so there is nothing to train on"
 

@@ -60,10 +60,12 @@ class Source:
     """Where prompts come from.
 
     Attributes:
-        kind: ``templates`` (our own, by ``name``), ``jsonl`` (``path``) or ``hub`` (``dataset``).
+        kind: ``templates`` (our own, by ``name``), ``jsonl`` (``path``), ``hub`` (``dataset``),
+            ``python`` (functions of Python's library, to be completed) or ``target`` (messages
+            that the target makes up, on the server of ``regenerate``).
         name: groups results; for templates it says which.
         prompt: field of a record: a text, or a list of messages.
-        count: at most so many; 0: all (templates need a number).
+        count: at most so many; 0: all, of files and data sets.
     """
 
     kind: str
@@ -133,6 +135,7 @@ class Fit:
 
     Attributes:
         batch: texts per step and process; ``anchors``: blocks per text.
+        optimizer: ``adamw``, or ``muon`` for the matrices.
         decay: the loss of a block's i-th drafted token weighs exp(-i / decay).
         head_rows: rows of the head in the loss: the commonest tokens of the answers, beside
             the labels and ``negatives`` random ones; 0: the whole vocabulary.
@@ -145,6 +148,7 @@ class Fit:
     epochs: float = 5.0
     batch: int = 12
     anchors: int = 24
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 50
     floor: float = 0.02

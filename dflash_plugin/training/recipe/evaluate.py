@@ -18,8 +18,9 @@ from ...reference.replay import replay
 from . import models
 from .clock import Clock
 from .config import Config
-from .prompts import Prompt, read_source
+from .prompts import Prompt
 from .regenerate import prompt_ids
+from .sources import read_source
 from .store import Texts
 
 
@@ -61,7 +62,7 @@ def evaluate(
     asked = [
         Prompt.of(source.name, messages)
         for source in settings.source
-        for messages in read_source(source, config.seed + 1)
+        for messages in read_source(source, config, config.seed + 1)
     ]
     if asked:
         tokenizer = models.tokenizer(config.target)

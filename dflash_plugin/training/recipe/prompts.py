@@ -1,19 +1,16 @@
-"""Stage 1: prompts from templates, JSONL files and hub data sets; never a test prompt."""
+"""A prompt, and what may never be one: the prompts that drafts are measured on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import DownloadError, MissingDependencyError, TrainingError, UsageError
-from . import templates
-from .config import Config, Source
+from ...errors import UsageError
 
 PACKAGED_EXCLUSIONS = Path(__file__).with_name("test_prompts.sha256")
 """Fingerprints of the data sets that drafts are measured on (GSM8K test, HumanEval, our own)."""
@@ -89,52 +86,9 @@ def windows(text: str, step: int = 1) -> set[str]:
     return {hashlib.sha256(span.encode()).hexdigest()[:12] for span in spans if span}
 
 
-def collect(config: Config) -> tuple[list[Prompt], dict[str, int]]:
-    """Every prompt once, in a mixed order, and counts: per kind, duplicates, excluded.
-
-    Raises:
-        UsageError, DownloadError, MissingDependencyError: a source is not to be had.
-        TrainingError: nothing is left.
-    """
-    exclusions = Exclusions.load(config.prompts.exclude)
-    found: dict[str, Prompt] = {}
-    counts = {"duplicates": 0, "excluded": 0}
-    for source in config.prompts.source:
-        for messages in read_source(source, config.seed):
-            prompt = Prompt.of(source.name, messages)
-            if prompt.id in found:
-                counts["duplicates"] += 1
-            elif exclusions.hit(prompt.text):
-                counts["excluded"] += 1
-            else:
-                found[prompt.id] = prompt
-                counts[source.name] = counts.get(source.name, 0) + 1
-    if not found and not config.regenerate.reuse:
-        raise TrainingError(
-            f"no prompt is left: {counts['excluded']} are test prompts",
-            hint="name another source in [[prompts.source]]",
-        )
-    mixed = sorted(found.values(), key=lambda prompt: prompt.id)
-    random.Random(config.seed).shuffle(mixed)
-    return mixed, counts
-
-
 def read(path: Path) -> list[Prompt]:
-    """What :func:`collect` found, as the stage wrote it."""
+    """What :func:`.sources.collect` found, as the stage wrote it."""
     return [Prompt(r["id"], r["kind"], tuple(r["messages"])) for _, r in records(path)]
-
-
-def read_source(source: Source, seed: int) -> Iterator[list[Message]]:
-    """Conversations of one source, each ending with the user's message."""
-    if source.kind == "templates":
-        for text in templates.prompts(source.name, source.count, seed):
-            yield [{"role": "user", "content": text}]
-        return
-    rows = records(Path(source.path)) if source.kind == "jsonl" else _hub(source)
-    for number, (where, record) in enumerate(rows):
-        if source.count and number >= source.count:
-            return
-        yield _conversation(record, source.prompt, where)
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,47 +113,6 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except ValueError as err:
         raise UsageError(
             f"{path}:{number}: not a JSON object ({err})", hint="one object per line, in UTF-8"
-        ) from err
-
-
-def _conversation(record: Mapping[str, Any], name: str, where: str) -> list[Message]:
-    messages: list[Message]
-    value = record.get(name)
-    if isinstance(value, str) and value.strip():
-        return [{"role": "user", "content": value}]
-    if isinstance(value, list) and value:
-        try:
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
-        except (TypeError, KeyError):
-            messages = []
-        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-        if last >= 0:
-            return messages[: last + 1]
-    raise UsageError(
-        f"{where}: field {name!r} is {str(value)[:60]!r}, expected a text or a list of messages "
-        "with role and content",
-        hint="say in the source's `prompt` which field it is; there are " + ", ".join(record),
-    )
-
-
-def _hub(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as err:
-        raise MissingDependencyError(
-            f"the package datasets is needed for {source.dataset}",
-            hint="pip install datasets, or give the prompts as JSONL",
-        ) from err
-    try:
-        rows = load_dataset(
-            source.dataset, source.subset or None, split=source.split, streaming=True
-        )
-        for number, record in enumerate(rows, 1):
-            yield f"{source.dataset} row {number}", record
-    except Exception as err:  # the library raises many unrelated types
-        raise DownloadError(
-            f"{source.dataset}: {str(err).splitlines()[0] if str(err) else type(err).__name__}",
-            hint="check name, subset, split and network, or give the prompts as JSONL",
         ) from err
 
 

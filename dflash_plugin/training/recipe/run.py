@@ -27,7 +27,7 @@ from ...cache import atomic_write_text, locked, staged_dir
 from ...errors import DFlashError, TrainingError, UsageError
 from ...pair import DraftConfig
 from ..export import export
-from . import curve, evaluate, models, prompts, publish, regenerate, store
+from . import curve, evaluate, models, prompts, publish, regenerate, sources, store
 from .clock import Clock
 from .config import STAGES, Config
 from .parallel import World
@@ -89,8 +89,8 @@ class Run:
                 raise
             lines.append(f"draft: not checked, the target cannot be looked up ({err.message})")
         for source in self.config.prompts.source:
-            if source.kind != "hub":
-                next(iter(prompts.read_source(source, self.config.seed)), None)
+            if source.kind not in ("hub", "target"):  # those are asked over a network
+                next(iter(sources.read_source(source, self.config)), None)
         prompts.Exclusions.load(self.config.prompts.exclude)
         for stage in STAGES:
             done = self._done(stage)
@@ -143,7 +143,7 @@ class Run:
         print(f"{stage}: done ({_facts(record)})", file=sys.stderr)
 
     def _prompts(self, _clock: Clock) -> dict[str, Any]:
-        found, counts = prompts.collect(self.config)
+        found, counts = sources.collect(self.config)
         text = "".join(prompt.to_json() + "\n" for prompt in found)
         atomic_write_text(self.out / "prompts.jsonl", text)
         return {"prompts": len(found), "counts": counts}

@@ -31,6 +31,7 @@ from . import curve, tensors
 from .clock import Clock
 from .config import Config, Fit
 from .objective import choose_rows, spread_anchors, teacher_at, weighted_loss
+from .optimizer import Optimizer
 from .parallel import World
 from .simulate import simulate
 from .store import Features, Teacher, Texts
@@ -91,16 +92,7 @@ class Trainer:
         self.names = [name for name, _ in draft.named_parameters()]
         self.parameters = [parameter for _, parameter in draft.named_parameters()]
         self.average = [p.detach().clone() for p in self.parameters] if fit.ema else None
-        groups = [
-            {
-                "params": [p for p in self.parameters if p.ndim > 1],
-                "weight_decay": fit.weight_decay,
-            },
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=fit.learning_rate, betas=(0.9, 0.95), fused=True
-        )
+        self.optimizer = Optimizer(fit, list(draft.named_parameters()))
         self.model = self.world.wrap(self.draft)
         self.head = self.draft._head
         self.state = State(key)
@@ -165,7 +157,6 @@ class Trainer:
         # Gradients are averaged over processes: each one's share of all weights counts.
         everywhere = self.world.sum(weight.detach())
         loss = total * self.world.size / everywhere
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, fit.clip)
         told = float(self.world.sum(total.detach()) / everywhere)
@@ -176,9 +167,7 @@ class Trainer:
                 hint="lower fit.learning_rate, and look for broken texts or target weights",
             )
         rate = fit.learning_rate * schedule(state.step, _recipe(fit, state.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        self.optimizer.step(rate)
         state.step += 1
         state.labels += int(self.world.sum((wanted != -100).sum()))
         if self.average is not None:
@@ -205,8 +194,7 @@ class Trainer:
             held[f"draft.{name}"] = parameter.detach()
             if self.average is not None:
                 held[f"average.{name}"] = self.average[i]
-            for part, value in self.optimizer.state[parameter].items():
-                held[f"optimizer.{part}.{name}"] = value
+        held.update(self.optimizer.tensors())
         tensors.save(self.folder / CHECKPOINT, held, vars(self.state))
 
     @contextmanager
@@ -293,17 +281,10 @@ class Trainer:
             state = State(**facts)
             self._put([held[f"draft.{name}"] for name in self.names])
             self.draft.tap_scale.copy_(held["tap_scale"])
-            for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
-                if self.average is not None:
-                    self.average[i].copy_(held[f"average.{name}"])
-                self.optimizer.state[parameter] = {
-                    part: held[f"optimizer.{part}.{name}"].to(
-                        "cpu"
-                        if part == "step" and parameter.device.type == "cpu"
-                        else parameter.device
-                    )
-                    for part in ("step", "exp_avg", "exp_avg_sq")
-                }
+            if self.average is not None:
+                for mean, name in zip(self.average, self.names, strict=True):
+                    mean.copy_(held[f"average.{name}"])
+            self.optimizer.load(held)
         except (KeyError, TypeError, RuntimeError) as err:
             raise CheckpointError(
                 f"{path}: not a checkpoint of this draft ({err})", hint="delete it to train anew"
