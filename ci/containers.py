@@ -8,6 +8,7 @@ killed harness left is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import importlib
 import json
 import os
@@ -46,6 +47,8 @@ SHARED_MEMORY = 1 << 30
 """Bytes of /dev/shm: engine processes hand tensors over there, and Docker's default is 64 MiB."""
 PROCESSES = 4096
 API_SECONDS = 120
+OOM_SECONDS = 3
+"""After a container's end, until the daemon has heard that it was for memory."""
 _PASSED_ON = ("OMP_", "KMP_")
 """Variables of the harness that a container gets too: how threads are used."""
 _SIGNALLED = 128
@@ -164,7 +167,7 @@ class ContainerServer(Server):
             return
         self._wait_for_log()
         code = int(state["ExitCode"])
-        if state.get("OOMKilled"):
+        if self._ran_out_of_memory(state):
             raise ContainerMemoryError(
                 f"{self.spec.label}: out of memory: the container was given "
                 f"{self._given.memory / (1 << 30):.1f} GiB\n{self.log_tail()}",
@@ -212,6 +215,24 @@ class ContainerServer(Server):
         state: Mapping[str, Any] = self._container.attrs["State"]
         return state
 
+    def _ran_out_of_memory(self, state: Mapping[str, Any]) -> bool:
+        """Whether the kernel ended it, or a process of it, for memory.
+
+        The daemon may tell of the end before it hears of the reason, and older ones then never
+        correct the state; their events have it a moment later.
+        """
+        if state.get("OOMKilled") or not int(state["ExitCode"]):
+            return bool(state.get("OOMKilled"))
+        began, ended = (_epoch(state.get(name, "")) for name in ("StartedAt", "FinishedAt"))
+        if began is None or ended is None:
+            return False
+        wanted = {"container": self._container.id, "event": "oom"}
+        with errors(self.spec.label):  # waits, where `until` is yet to come
+            told = self._client.events(
+                since=int(began), until=int(ended) + OOM_SECONDS, filters=wanted, decode=True
+            )
+            return any(True for _ in told)
+
     def _follow(self) -> None:
         """Write what it prints to the log, until it ends."""
         # The stream breaks when the container goes or the daemon does: no news, both are seen.
@@ -222,6 +243,15 @@ class ContainerServer(Server):
     def _wait_for_log(self) -> None:
         if self._follower is not None:
             self._follower.join(5)
+
+
+def _epoch(told: str) -> float | None:
+    """Seconds since 1970 of a daemon's time, to the second; None: no time, or that of nothing."""
+    try:
+        found = datetime.datetime.fromisoformat(told[:19]).replace(tzinfo=datetime.timezone.utc)
+    except ValueError:
+        return None
+    return found.timestamp() if found.year > 1 else None
 
 
 def options(spec: ServerSpec, port: int, given: Container) -> dict[str, Any]:

@@ -43,6 +43,8 @@ RUNNING = {"Status": "running", "ExitCode": 0, "OOMKilled": False}
 class FakeContainer:
     """One that a fake daemon keeps; ``states`` are told one after the other, the last for ever."""
 
+    id = "c0ffee"
+
     def __init__(self, daemon: FakeDaemon, wanted: dict[str, Any]) -> None:
         self.daemon, self.wanted = daemon, wanted
         self.labels = wanted["labels"]
@@ -87,6 +89,8 @@ class FakeDaemon:
         self.refuses: Exception | None = None
         self.refuses_start: Exception | None = None
         self.containers = self
+        self.events_told: list[dict[str, Any]] = []
+        self.asked_events: list[dict[str, Any]] = []
 
     def create(self, image: str, *_: Any, **wanted: Any) -> FakeContainer:
         if self.refuses:
@@ -97,6 +101,10 @@ class FakeDaemon:
 
     def list(self, **_: Any) -> list[FakeContainer]:
         return list(self.kept)
+
+    def events(self, **wanted: Any) -> Iterator[dict[str, Any]]:
+        self.asked_events.append(wanted)
+        return iter(self.events_told)
 
     def close(self) -> None:
         pass
@@ -263,6 +271,52 @@ def test_each_end_is_told_apart(
     assert caught.value.exit_code == code
     assert caught.value.hint
     assert daemon.kept == []
+
+
+TIMES = {"StartedAt": "2026-01-02T03:04:05.678901234Z", "FinishedAt": "2026-01-02T03:05:06.7Z"}
+BEGAN = 1767323045
+
+
+@pytest.mark.parametrize("code", [137, 1])
+@pytest.mark.parametrize("told", [[{"Action": "oom"}], []])
+def test_a_daemon_that_hears_of_the_memory_killer_too_late(
+    spec: Any, daemon: FakeDaemon, *, code: int, told: list[dict[str, Any]]
+) -> None:
+    daemon.states = [
+        RUNNING, {"Status": "exited", "ExitCode": code, "OOMKilled": False, **TIMES},
+    ]  # fmt: skip
+    daemon.events_told = told
+    others = {137: ContainerKilledError, 1: EngineExitedError}
+    with pytest.raises(ContainerMemoryError if told else others[code]):
+        start(spec())
+    assert daemon.asked_events == [
+        {
+            "since": BEGAN,
+            "until": BEGAN + 61 + containers.OOM_SECONDS,
+            "filters": {"container": "c0ffee", "event": "oom"},
+            "decode": True,
+        }
+    ]
+
+
+@pytest.mark.parametrize("finished", ["", "0001-01-01T00:00:00Z", "soon"])
+def test_a_daemon_that_does_not_say_when_it_ended(
+    spec: Any, daemon: FakeDaemon, finished: str
+) -> None:
+    state = {"Status": "exited", "ExitCode": 137, "OOMKilled": False, **TIMES}
+    daemon.states = [RUNNING, {**state, "FinishedAt": finished}]
+    with pytest.raises(ContainerKilledError):
+        start(spec())
+    assert daemon.asked_events == []
+
+
+def test_a_server_that_ended_by_itself_is_not_asked_about_memory(
+    spec: Any, daemon: FakeDaemon
+) -> None:
+    daemon.states = [RUNNING, {"Status": "exited", "ExitCode": 0, "OOMKilled": False, **TIMES}]
+    with pytest.raises(EngineExitedError):
+        start(spec())
+    assert daemon.asked_events == []
 
 
 @pytest.mark.parametrize(
