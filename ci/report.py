@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dflash_plugin import demo
 from dflash_plugin.cache import atomic_write_text, make_dir
+from dflash_plugin.demo import manifest
 from dflash_plugin.errors import UsageError
 from dflash_plugin.matrix import SERVES, Known, Matrix
 
@@ -18,6 +20,11 @@ from .records import FAILED, NOT_RUN, PASSED, CellResult, Verdict, load_json, re
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
+_EARLIER = "†"
+_EARLIER_NOTE = (
+    f"{_EARLIER} With an earlier packaged draft. The verdicts are of the engine; AL and speed-up "
+    "are that draft's."
+)
 BEGIN, END = "<!-- support:begin (python -m ci report --readme) -->", "<!-- support:end -->"
 
 
@@ -99,15 +106,22 @@ def markdown(results: Sequence[CellResult]) -> str:
 
 
 def table(
-    results: Sequence[CellResult], known: Callable[[str], Mapping[str, Known]] = lambda _: {}
+    results: Sequence[CellResult],
+    known: Callable[[str], Mapping[str, Known]] = lambda _: {},
+    earlier: Callable[[CellResult], bool] = lambda _: False,
 ) -> list[str]:
-    """The Markdown table of verdicts; failures that the matrix knows are marked."""
+    """The Markdown table of verdicts; failures that the matrix knows are marked.
+
+    Args:
+        earlier: whether a result is of a draft that was replaced since; its AL is marked.
+    """
     lines = [
         "| cell | status | serves | lossless | faithful | AL (reference) | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in results:
         al = "–" if r.al is None else f"{r.al:.2f} ({_number(r.al_reference)})"
+        al += f" {_EARLIER}" * earlier(r)
         rows = known(r.id)
         lines.append(
             f"| `{r.id}` | {_words(r.status)} | {_verdict(r, SERVES, rows)} "
@@ -183,14 +197,16 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
             f"{path}: no {BEGIN} … {END} block", hint="put the two lines back"
         ) from err
     results = saved(matrix, root)
+    earlier = _of_earlier_draft(matrix)
     block = "\n".join([*releases.by_release(results, matrix), "", *_provenance(results)])
     detail = [
         "# Recorded results, cell by cell",
         "",
         "Written by `python -m ci report --readme` from the files beside it.",
         "",
-        *table(results, matrix.known_failures),
+        *table(results, matrix.known_failures, earlier),
         "",
+        *([_EARLIER_NOTE, ""] if any(map(earlier, results)) else []),
         *_known(results, matrix),
         *_provenance(results),
     ]
@@ -209,6 +225,19 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
                 make_dir(file.parent)
                 atomic_write_text(file, content)
     return fresh
+
+
+def _of_earlier_draft(matrix: Matrix) -> Callable[[CellResult], bool]:
+    """Whether a result was recorded with a packaged draft that is not today's."""
+    embedded = {pair.id for pair in matrix.pairs.values() if pair.embedded}
+    files = manifest.read(demo.DRAFT)["files"]
+    today = str(files["model.safetensors"]["sha256"])
+
+    def earlier(result: CellResult) -> bool:
+        is_demo = result.id.rpartition("/")[2] in embedded
+        return is_demo and result.settings.get("draft_sha256", today) != today
+
+    return earlier
 
 
 def _details(result: CellResult) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from ci import __main__ as ci_main
 from ci import report, summary
 from ci.records import CellResult, Verdict
-from dflash_plugin import matrix, shims, support
+from dflash_plugin import demo, matrix, shims, support
 
 PASSED, FAILED = Verdict("passed"), Verdict("failed", "why")
 
@@ -92,3 +92,26 @@ def test_every_repair_has_its_place_on_the_page() -> None:
     for row in support.differences("vllm"):
         assert f"## {row.shim}" in lines
     assert len([line for line in lines if line.startswith("- It goes ")]) == len(shims.NAMES)
+
+
+@pytest.mark.parametrize(
+    ("pair", "sha256", "marked"),
+    [("smollm2-135m", "other", True), ("smollm2-135m", "", False), ("tiny-qwen3", "other", False)],
+)
+def test_a_result_of_a_draft_that_was_replaced_is_marked(
+    tmp_path: Path, pair: str, sha256: str, marked: bool
+) -> None:
+    today = json.loads((demo.DRAFT / "manifest.json").read_text())
+    found = sha256 or today["files"]["model.safetensors"]["sha256"]
+    recorded = CellResult(
+        f"vllm-0.32.0/plugin/cpu/{pair}", "passed", "", serves=PASSED, lossless=PASSED,
+        faithful=PASSED, al=1.5, al_reference=1.5, settings={"draft_sha256": found},
+    )  # fmt: skip
+    root = tmp_path / "docs" / "results"
+    report.save([recorded], root)
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.readme(matrix.load(), check=False, path=tmp_path / "README.md", root=root)
+    detail = (root / "README.md").read_text()
+    mark = " †" if marked else ""
+    assert f"| `{recorded.id}` | passed | passed | passed | passed | 1.50 (1.50){mark} |" in detail
+    assert ("With an earlier packaged draft" in detail) == marked
