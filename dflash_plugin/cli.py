@@ -124,7 +124,10 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--draft", help="draft folder or hub id (default: from the matrix)")
     generate.add_argument("--compare", action="store_true", help="plain decoding beside it")
     generate.add_argument("--max-tokens", type=_positive, default=256, metavar="N")
-    generate.add_argument("--block-size", type=_positive, metavar="B", help="1: plain decoding")
+    generate.add_argument(
+        "--block-size", type=_positive_or_auto, metavar="B",
+        help="1: plain decoding; auto: what is fastest at the moment, step by step",
+    )  # fmt: skip
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--top-k", type=int, default=0, metavar="K")

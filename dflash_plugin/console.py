@@ -10,6 +10,7 @@ from typing import Any
 
 from . import local
 from .backends.api import Pair
+from .backends.draft_length import AUTO
 from .backends.server import ServerClient
 from .errors import RequestError, UsageError
 
@@ -18,7 +19,10 @@ _MOST_POSITIONS = 64  # of a server's acceptance counters; no draft has so long 
 
 @dataclass(frozen=True)
 class Run:
-    """One text: its tokens per second of decoding, and its AL (None if unknown)."""
+    """One text: its tokens per second of decoding, and its AL (None if unknown).
+
+    ``mean_drafted``: tokens per step, where that was not the same for all steps.
+    """
 
     label: str
     text: str
@@ -26,12 +30,14 @@ class Run:
     seconds: float
     al: float | None
     finish_reason: str | None
+    mean_drafted: float | None = None
 
     def line(self) -> str:
         """What is printed of it."""
         al = "" if self.al is None else f"AL {self.al:.2f}, "
+        drafted = "" if self.mean_drafted is None else f"{self.mean_drafted:.1f} drafted a step, "
         return (
-            f"{self.label}: {al}{self.rate:.1f} tokens/s "
+            f"{self.label}: {al}{drafted}{self.rate:.1f} tokens/s "
             f"({self.tokens} tokens, ended by {self.finish_reason})"
         )
 
@@ -69,7 +75,7 @@ def generate_local(
             )
         prompt = messages[-1]["content"]
     if compare:  # or the first of the two would pay for what is done only once
-        for block_size in (None, 1):
+        for block_size in (options.get("block_size"), 1):
             pair.generate(prompt, **{**options, "max_tokens": 4, "block_size": block_size})
     runs = [_stream(pair, "DFlash", prompt, options, _show)]
     if compare:
@@ -105,6 +111,7 @@ def _stream(
     return Run(
         label, result.text, len(result.token_ids), result.decode_seconds, result.al,
         result.finish_reason,
+        result.mean_drafted if options.get("block_size") == AUTO else None,
     )  # fmt: skip
 
 

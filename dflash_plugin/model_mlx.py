@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .backends.rows import Step
 
@@ -56,7 +56,7 @@ def stream_generate(  # noqa: PLR0917 - the published signature
     draft: Any,
     tokenizer: Any,
     prompt: Any,
-    block_size: int | None = None,
+    block_size: int | Literal["auto"] | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,

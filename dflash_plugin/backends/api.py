@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ..acceptance import AcceptanceStats
-from ..errors import PairMismatchError, UsageError
+from ..errors import UsageError
+from .draft_length import AUTO, AdaptiveLength, FixedLength, Lengths
 from .rows import Row, Step, TextStream
 
 PREFILL_CHUNK = 512
@@ -28,12 +29,14 @@ class Options:
     Attributes:
         max_tokens: of each text; exact unless it stops before; may be 0.
         block_size: one known token and the drafted ones; 1 is plain decoding, None
-            all the draft has room for.
+            all the draft has room for, ``auto`` what is fastest at the moment, up to the
+            pair's own (:mod:`dflash_plugin.backends.draft_length`).
         temperature: 0 takes the most likely token.
         top_k: keep so many most likely tokens; 0 keeps all.
         top_p: of those, keep the fewest that reach this probability; 1 keeps all.
         min_p: of those, keep what is at least so likely as this share of the likeliest.
-        seed: of the sampling; None is random.
+        seed: of the sampling; None is random. With ``block_size="auto"`` it does not repeat
+            a text: how many tokens are drafted depends on the time that steps take.
         stop: the text ends before the first of these strings.
         eos_token_ids: None means the target's own; the text ends with the first of them.
         ignore_eos: go on to ``max_tokens``.
@@ -44,7 +47,7 @@ class Options:
     """
 
     max_tokens: int = 256
-    block_size: int | None = None
+    block_size: int | Literal["auto"] | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -60,7 +63,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, ok, expected in (
             ("max_tokens", self.max_tokens >= 0, ">= 0"),
-            ("block_size", self.block_size is None or self.block_size >= 1, ">= 1"),
+            ("block_size", _is_block_size(self.block_size), ">= 1, or 'auto'"),
             ("temperature", self.temperature >= 0, ">= 0"),
             ("top_k", self.top_k >= 0, ">= 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -107,8 +110,17 @@ class Result:
 
     @property
     def al(self) -> float | None:
-        """Mean tokens per verify, the target's own included; None without drafts."""
+        """Mean tokens per verify, the target's own included; None without drafts.
+
+        With ``block_size="auto"`` steps without a draft are not verifies and do not count.
+        """
         return self.stats.al
+
+    @property
+    def mean_drafted(self) -> float:
+        """Drafted tokens per step, steps without a draft included; NaN for a single token."""
+        lengths = [len(step.drafted) for step in self.steps[1:]]
+        return sum(lengths) / len(lengths) if lengths else float("nan")
 
     @property
     def tokens_per_second(self) -> float:
@@ -173,8 +185,13 @@ class Backend(Protocol):
         """An empty :class:`PromptCache` of the back-end's own kind."""
         ...
 
-    def run(self, rows: Sequence[Row], options: Options, cache: Any) -> Iterator[Step]:
-        """Decode until every row is done, yielding each row's steps as they are taken."""
+    def run(
+        self, rows: Sequence[Row], options: Options, lengths: Lengths, cache: Any
+    ) -> Iterator[Step]:
+        """Decode until every row is done, yielding each row's steps as they are taken.
+
+        ``lengths`` say how many tokens each step drafts.
+        """
         ...
 
 
@@ -193,6 +210,8 @@ class Pair:
 
     backend: Backend
     block_size: int | None = None
+    adaptive: AdaptiveLength | None = None
+    """What ``block_size="auto"`` has learned so far."""
 
     @property
     def tokenizer(self) -> Any:
@@ -227,7 +246,8 @@ class Pair:
             PairMismatchError: the draft's block has no room for ``block_size``.
         """
         rows, batch, settings = self._start(prompt, raw, template, options, prompt_cache)
-        for _step in self.backend.run(rows, settings, prompt_cache):
+        lengths = self._lengths(settings)
+        for _step in self.backend.run(rows, settings, lengths, prompt_cache):
             pass
         results = [Result.of(row) for row in rows]
         return results if batch else results[0]
@@ -247,12 +267,13 @@ class Pair:
         checked before the first step is asked for.
         """
         rows, _batch, settings = self._start(prompt, raw, template, options, prompt_cache)
+        lengths = self._lengths(settings)
 
         def steps() -> Iterator[Step]:
             for row in rows:
                 if row.done:  # max_tokens 0: no step will end it
                     yield row.last_step(Result.of(row))
-            for step in self.backend.run(rows, settings, prompt_cache):
+            for step in self.backend.run(rows, settings, lengths, prompt_cache):
                 row = rows[step.row]
                 yield row.last_step(Result.of(row)) if step.finish_reason else step
 
@@ -309,6 +330,16 @@ class Pair:
             rows.append(row)
         return rows, batch, options
 
+    def _lengths(self, options: Options) -> Lengths:
+        """How many tokens to draft, step by step."""
+        room = self.backend.block_size
+        if options.block_size != AUTO:
+            return FixedLength.of(options.block_size, room)
+        own = FixedLength.of(self.block_size, room)
+        if self.adaptive is None and own.most:
+            self.adaptive = AdaptiveLength(own.most)
+        return self.adaptive or own
+
 
 def check_prompt(name: str, ids: Sequence[int], backend: Backend, max_tokens: int) -> None:
     """Refuse what the target cannot take.
@@ -334,19 +365,8 @@ def check_prompt(name: str, ids: Sequence[int], backend: Backend, max_tokens: in
         )
 
 
-def check_block_size(wanted: int | None, most: int) -> int:
-    """The block size, by default all the draft has room for.
-
-    Raises:
-        PairMismatchError: more than the draft's.
-    """
-    if wanted is not None and wanted > most:
-        raise PairMismatchError(
-            f"block_size is {wanted}, but the draft's is {most}" if most > 1
-            else f"block_size is {wanted}, but no draft is loaded",
-            hint=f"block_size {most} at most",
-        )  # fmt: skip
-    return wanted or most
+def _is_block_size(given: Any) -> bool:
+    return given in (None, AUTO) or (not isinstance(given, str) and given >= 1)
 
 
 def _split(prompt: Any) -> tuple[bool, list[Any]]:

@@ -1,11 +1,13 @@
 """The MLX back-end: prefill, draft, verify, rewind; several rows take turns.
 
 Invariant between steps: the target's cache holds all known tokens but the last,
-and where tokens are drafted the draft's context holds the same.
+and where tokens are drafted the draft's context holds the same, but for those of
+steps without a draft, whose taps wait until the next draft.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import mlx_lm
 
 from .. import hub
 from ..errors import PairMismatchError, UsageError
-from .api import Options, Pair, check_block_size
+from .api import Options, Pair
+from .draft_length import AUTO, Lengths
 from .mlx_cache import TargetCache
 from .mlx_draft import DraftCache, DraftModel
 from .mlx_sampling import Sampler
@@ -86,15 +89,18 @@ class MLXBackend:
         """An empty one."""
         return PromptCache()
 
-    def run(self, rows: Sequence[Row], options: Options, cache: Any = None) -> Iterator[Step]:
+    def run(
+        self, rows: Sequence[Row], options: Options, lengths: Lengths, cache: Any = None
+    ) -> Iterator[Step]:
         """Decode until every row is done; see :class:`dflash_plugin.backends.api.Backend`."""
         for row in rows:
             row.start()
         live = [row for row in rows if not row.done]
-        k = check_block_size(options.block_size, self.block_size) - 1
         sampler = Sampler(options)
-        draft = self.draft if k else None
+        draft = self.draft if lengths.most else None
         states = {row.index: _State(self.target, draft) for row in live}
+        requests = {row.index: lengths.request() for row in live}
+        timed = options.block_size == AUTO
         if cache is not None and live:
             states[live[0].index].resume(cache, live[0])
         try:
@@ -102,8 +108,14 @@ class MLXBackend:
                 yield states[row.index].read(row, sampler, options.prefill_chunk)
             while live := [row for row in live if not row.done]:
                 for row in live:
-                    state = states[row.index]
-                    yield state.step(row, sampler, k) if k else state.plain(row, sampler)
+                    state, request = states[row.index], requests[row.index]
+                    k = request.choose(1)
+                    if k or len(state.unread) >= options.prefill_chunk:
+                        state.catch_up()
+                    begin = state.now(timed)
+                    step = state.step(row, sampler, k) if k else state.plain(row, sampler)
+                    request.took([step.accepted], state.now(timed) - begin)
+                    yield step
         finally:
             if cache is not None and states:
                 states[rows[0].index].leave(cache, rows[0])
@@ -116,6 +128,7 @@ class _State:
         self.target, self.draft = target, draft
         self.cache = target.cache()
         self.context = draft.new_cache() if draft is not None else None
+        self.unread: list[mx.array] = []  # taps [1, 1, …] that the draft's context lacks
 
     def read(self, row: Row, sampler: Sampler, chunk: int) -> Step:
         """Prefill, chunk by chunk, and choose the first token."""
@@ -123,17 +136,18 @@ class _State:
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
             logits, taps, _calls = self.target.forward(self.cache, part)
-            if self.draft is not None and self.context is not None:
-                self.draft.append(self.context, taps)
-                self.context.length += len(part)
+            if self.draft is not None:
+                self.extend(taps)
             # Evaluated chunk by chunk, or the graph of all of them would be held.
-            mx.eval(self.cache.arrays(), self.context.arrays() if self.context else [])
+            self.evaluate()
         last = sampler.processed(logits[0, -1:], lambda: row.prompt, 0)
         return row.take([sampler.choose(last[0])])
 
     def plain(self, row: Row, sampler: Sampler) -> Step:
         """One token, without a draft."""
-        logits, _taps, _calls = self.target.forward(self.cache, [row.last])
+        logits, taps, _calls = self.target.forward(self.cache, [row.last])
+        if self.draft is not None:
+            self.unread.append(taps)
         last = sampler.processed(logits[0], lambda: [*row.prompt, *row.tokens], 0)
         return row.take([sampler.choose(last[-1])])
 
@@ -154,9 +168,31 @@ class _State:
         accepted, own = sampler.verify(chosen, drawn_from, scores)
         drafted: list[int] = chosen.tolist()
         self.cache.rewind(k + 1, accepted + 1, calls)
-        draft.append(context, taps[:, : accepted + 1])
-        context.length += accepted + 1
+        self.extend(taps[:, : accepted + 1])
         return row.take([*drafted[:accepted], own], drafted, accepted)
+
+    def extend(self, taps: mx.array) -> None:
+        """Append tokens to the draft's context by their taps [1, n, …]."""
+        assert self.draft is not None and self.context is not None
+        self.draft.append(self.context, taps)
+        self.context.length += taps.shape[1]
+
+    def catch_up(self) -> None:
+        """Let the draft's context have the tokens of the steps without a draft."""
+        if self.unread:
+            self.extend(mx.concatenate(self.unread, axis=1))
+            self.unread = []
+
+    def evaluate(self) -> None:
+        """Compute what is still a graph."""
+        drafts = self.context.arrays() if self.context is not None else []
+        mx.eval(self.cache.arrays(), drafts, self.unread)
+
+    def now(self, waiting: bool) -> float:
+        """The time in seconds, ``waiting`` for all that is still a graph."""
+        if waiting:
+            self.evaluate()
+        return time.perf_counter()
 
     def resume(self, cache: PromptCache, row: Row) -> None:
         """Go on from where ``cache`` and the row's prompt part."""
@@ -180,6 +216,7 @@ class _State:
 
     def leave(self, cache: PromptCache, row: Row) -> None:
         """Put the state into ``cache``."""
+        self.catch_up()
         cache.target, cache.draft = self.cache, self.context
         cache.token_ids = [*row.prompt, *row.tokens][: self.cache.length]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -217,7 +217,7 @@ class DFlashDraftModel(nn.Module):
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        block_size: int | None = None,
+        block_size: int | Literal["auto"] | None = None,
         attention_mask: Tensor | None = None,
         mask_token_id: int | None = None,
     ) -> Tensor:

@@ -1,11 +1,13 @@
 """The Transformers back-end: prefill, draft, verify, rewind, for several rows at once.
 
 Invariant between steps: the target's cache holds all known tokens of a row but
-the last, and where tokens are drafted the draft's context holds the same.
+the last, and where tokens are drafted the draft's context holds the same, but for
+those of steps without a draft, whose taps wait until the next draft.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import UsageError
-from .api import Options, Pair, check_block_size
+from .api import Options, Pair
+from .draft_length import AUTO, Lengths
 from .rows import Row, Step
 from .transformers_cache import TargetCache
 from .transformers_draft import DFlashDraftModel, DraftCache
@@ -77,17 +80,19 @@ class TransformersBackend:
         """An empty one."""
         return PromptCache()
 
-    def run(self, rows: Sequence[Row], options: Options, cache: Any = None) -> Iterator[Step]:
+    def run(
+        self, rows: Sequence[Row], options: Options, lengths: Lengths, cache: Any = None
+    ) -> Iterator[Step]:
         """Decode until every row is done; see :class:`dflash_plugin.backends.api.Backend`."""
         for row in rows:
             row.start()
         live = [row for row in rows if not row.done]
-        k = check_block_size(options.block_size, self.block_size) - 1
         if not live:
             return
         sampler = Sampler(options, self.target.device)
-        draft = self.draft if k else None
+        draft = self.draft if lengths.most else None
         state = _State(self.target, draft, len(live))
+        request, timed = lengths.request(), options.block_size == AUTO
         if cache is not None:
             state.resume(cache, live[0])
         try:
@@ -102,12 +107,26 @@ class TransformersBackend:
                 start += len(some)
                 yield from [row.take([token]) for row, token in zip(some, first, strict=True)]
             while live := state.keep(live):
+                k = request.choose(len(live))
                 with torch.inference_mode():
+                    if k or len(state.unread) >= options.prefill_chunk:
+                        state.catch_up()
+                    begin = self._now(timed)
                     steps = _step(state, live, sampler, k) if k else _plain(state, live, sampler)
+                    seconds = self._now(timed) - begin
+                request.took([step.accepted for step in steps], seconds)
                 yield from steps
         finally:
             if cache is not None:
-                state.leave(cache, rows[0])
+                with torch.inference_mode():
+                    state.leave(cache, rows[0])
+
+    def _now(self, waiting: bool) -> float:
+        """The time in seconds, ``waiting`` for all that the device has been given."""
+        device = self.target.device.type
+        if waiting and device != "cpu":
+            getattr(torch, device).synchronize()
+        return time.perf_counter()
 
 
 class _State:
@@ -117,6 +136,7 @@ class _State:
         self.target, self.draft = target, draft
         self.cache = target.cache(rows)
         self.context = draft.new_cache(rows) if draft is not None else None
+        self.unread: list[Tensor] = []  # taps [rows, 1, …] that the draft's context lacks
 
     @property
     def rows(self) -> list[int]:
@@ -133,12 +153,24 @@ class _State:
         for start in range(0, length, count):
             parts = [tokens[start : start + count] for tokens in prompts]
             output, _undo = self.target.forward(self.cache, places, parts, keep=1)
-            if self.draft is not None and self.context is not None:
-                self.draft.append(self.context, places, output.taps)
-                for place in places:
-                    self.context.lengths[place] += len(parts[0])
+            if self.draft is not None:
+                self.extend(places, output.taps, [len(parts[0])] * len(places))
             self.cache.leave(places)
         return output.logits
+
+    def extend(self, places: list[int], taps: Tensor, counts: Sequence[int]) -> None:
+        """Append to the draft's context: of each row's ``taps`` [rows, n, …] the first count."""
+        assert self.draft is not None and self.context is not None
+        self.draft.append(self.context, places, taps)
+        for place, count in zip(places, counts, strict=True):
+            self.context.lengths[place] += count
+
+    def catch_up(self) -> None:
+        """Let the draft's context have the tokens of the steps without a draft."""
+        if self.unread:
+            taps = torch.cat(self.unread, dim=1)
+            self.extend(self.rows, taps, [taps.shape[1]] * len(taps))
+            self.unread = []
 
     def keep(self, live: list[Row]) -> list[Row]:
         """Drop the rows that are done; returns the others."""
@@ -147,6 +179,7 @@ class _State:
             self.cache.keep(places, self.target.device)
             if self.context is not None:
                 self.context.keep(places, self.target.device)
+            self.unread = [taps[places] for taps in self.unread]
         return [live[place] for place in places]
 
     def resume(self, cache: PromptCache, row: Row) -> None:
@@ -173,6 +206,7 @@ class _State:
 
     def leave(self, cache: PromptCache, row: Row) -> None:
         """Put the state into ``cache``."""
+        self.catch_up()
         cache.target, cache.draft = self.cache, self.context
         cache.token_ids = [*row.prompt, *row.tokens][: self.cache.lengths[0]]
 
@@ -182,6 +216,8 @@ def _plain(state: _State, live: list[Row], sampler: Sampler) -> list[Step]:
     places = state.rows
     output, _undo = state.target.forward(state.cache, places, [[row.last] for row in live], keep=1)
     state.cache.leave(places)
+    if state.draft is not None:
+        state.unread.append(output.taps)
     texts = [[*row.prompt, *row.tokens] for row in live]
     tokens = sampler.choose(sampler.processed(output.logits, texts, 0)[:, -1])
     return [row.take([token]) for row, token in zip(live, tokens, strict=True)]
@@ -202,9 +238,7 @@ def _step(state: _State, live: list[Row], sampler: Sampler, k: int) -> list[Step
     accepted, own = sampler.verify(drafted, drawn_from, sampler.processed(output.logits, texts, k))
     kept = [count + 1 for count in accepted]
     target.rewind(undo, kept)
-    draft.append(context, places, output.taps[:, : max(kept)])
-    for place, count in zip(places, kept, strict=True):
-        context.lengths[place] += count
+    state.extend(places, output.taps[:, : max(kept)], kept)
     return [
         row.take([*more[:count], token], more, count)
         for row, more, count, token in zip(live, drafted, accepted, own, strict=True)
