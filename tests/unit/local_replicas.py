@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from dflash_plugin.backends.draft_length import FixedLength
 from dflash_plugin.backends.transformers_cache import Places
 
 torch.set_num_threads(1)  # for matrices this small a second thread only waits
@@ -211,3 +213,18 @@ class OracleCache(Places):
     def keep(self, rows: Sequence[int], _device: Any) -> None:
         self.texts = [self.texts[row] for row in rows]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+class Schedule(FixedLength):
+    """Lengths in turn, over and over: what ``block_size="auto"`` might choose."""
+
+    def __init__(self, *lengths: int) -> None:
+        super().__init__(max(lengths))
+        self._turns = itertools.cycle(lengths)
+
+    def choose(self, rows: int) -> int:
+        return next(self._turns)
+
+
+SCHEDULES = [(5, 0, 0, 3, 1, 0), (0, 0, 0, 5), (0, 2, 4)]
+"""Every way into and out of steps without a draft, in blocks of 6 at most."""

@@ -1,4 +1,4 @@
-"""Lengths chosen step by step, in simulation: costs and acceptance are known, times are not real."""
+"""Lengths chosen step by step, in simulation: costs, acceptance and times are made up."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_it_begins_with_the_pairs_own_length():
     noise=st.sampled_from([0, 0.1, 0.2]),
     seed=st.integers(0, 2**32),
 )
-def test_it_ends_near_the_best_fixed_length(most, draft, row, jump, chance, falls, noise, seed):
+def test_it_ends_near_the_best_fixed_length(*, most, draft, row, jump, chance, falls, noise, seed):
     def cost(length: int) -> float:
         more = draft + row * length if length else 0
         return 1 + more + (jump[1] if length >= jump[0] else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import local_replicas as replicas  # noqa: E402
 from local_drafts import TAPS, random_draft  # noqa: E402
 
 import dflash_plugin  # noqa: E402
+from dflash_plugin.backends.draft_length import AdaptiveLength  # noqa: E402
 from dflash_plugin.backends.transformers_draft import DFlashDraftModel  # noqa: E402
 from dflash_plugin.backends.transformers_model import load  # noqa: E402
 from dflash_plugin.errors import PairMismatchError, UsageError  # noqa: E402
@@ -222,8 +224,11 @@ class TiltedDraft(replicas.OracleDraft):
         return self._logits.expand(len(known), k, -1)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_samples_are_distributed_as_the_target_alone_draws(model, setting):
+@pytest.mark.parametrize(
+    "setting, schedule", [*((setting, None) for setting in SETTINGS), (SETTINGS[0], (0, 1, 3, 0))],
+    ids=str,
+)  # fmt: skip
+def test_samples_are_distributed_as_the_target_alone_draws(model, setting, schedule):
     """Joint distribution of three tokens by chi-square, against their exact enumeration."""
 
     def distribution(ids: list[int]) -> dict[int, float]:
@@ -244,9 +249,14 @@ def test_samples_are_distributed_as_the_target_alone_draws(model, setting):
     with torch.inference_mode():
         near = model(torch.tensor([[*ids, max(distribution(ids))]])).logits[0, -1]
     pair = load(model, TiltedDraft(near))
+    size = None
+    if schedule is not None:
+        pair.adaptive, size = replicas.Schedule(*schedule), "auto"
     count, found, accepted = 4000, Counter(), 0
     for seed in range(count // 1000):
-        batch = pair.generate([ids] * 1000, max_tokens=3, ignore_eos=True, seed=seed, **setting)
+        batch = pair.generate(
+            [ids] * 1000, max_tokens=3, ignore_eos=True, seed=seed, block_size=size, **setting
+        )
         found.update(tuple(result.token_ids) for result in batch)
         accepted += sum(step.accepted > 0 for r in batch for step in r.steps[1:])
     assert not set(found) - set(expected), "a token that the settings cut away"
@@ -272,13 +282,16 @@ def test_a_seed_makes_sampling_repeatable(model):
 # --- prompt cache ---
 
 
+@pytest.mark.parametrize("schedule", [None, (5, 0, 0)])
 @pytest.mark.parametrize("name", ["qwen3-sliding", "qwen3.5"])
-def test_a_prompt_cache_saves_reading_and_changes_nothing(name):
+def test_a_prompt_cache_saves_reading_and_changes_nothing(name, schedule):
     if not replicas.available(name):
         pytest.skip("this Transformers lacks it")
     pair = load(replicas.make_target(name), draft())
-    cache = pair.prompt_cache()
-    first = pair.generate(IDS, max_tokens=10, ignore_eos=True, prompt_cache=cache)
+    cache, size = pair.prompt_cache(), None
+    if schedule is not None:  # what plain steps left for the draft to read is in the cache too
+        pair.adaptive, size = replicas.Schedule(*schedule), "auto"
+    first = pair.generate(IDS, max_tokens=10, ignore_eos=True, prompt_cache=cache, block_size=size)
     longer = [*IDS, *first.token_ids, *replicas.prompt(6, 5)]
     again = pair.generate(longer, max_tokens=10, ignore_eos=True, prompt_cache=cache)
     fresh = pair.generate(longer, max_tokens=10, ignore_eos=True)
@@ -314,6 +327,7 @@ def test_a_stream_that_is_dropped_leaves_its_cache_usable(model, text):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"min_p": 1.5}, "min_p is 1.5"),
         ({"block_size": 0}, "block_size is 0"),
+        ({"block_size": "all"}, "block_size is all, expected >= 1, or 'auto'"),
         ({"stop": [""]}, "stop is"),
         ({"stop": "x"}, "stop strings need a tokenizer"),
         (
@@ -377,6 +391,68 @@ def test_a_layer_that_forgets_its_state_is_refused():
     module.forward = lambda hidden_states, cache_params=None, **rest: forward(hidden_states)
     with pytest.raises(PairMismatchError, match=r"layer 0 .* does not go on from its state"):
         load(model, draft())
+
+
+# --- lengths chosen step by step ---
+
+
+class Timed(AdaptiveLength):
+    """As if a step took as long as ``cost`` says."""
+
+    def __init__(self, cost: Callable[[int], float]) -> None:
+        super().__init__(5)
+        self._cost = cost
+
+    def request(self) -> Any:
+        made = super().request()
+        choose, took = made.choose, made.took
+        chosen = 0
+
+        def remember(rows: int) -> int:
+            nonlocal chosen
+            chosen = choose(rows)
+            return chosen
+
+        made.choose = remember
+        made.took = lambda accepted, _seconds: took(accepted, self._cost(chosen))
+        return made
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_are_as_long_as_pays(model, rows):
+    prompts = [replicas.prompt(n, n) for n in (9, 5, 20)[:rows]]
+    texts = [replicas.plain(model, ids, 60) for ids in prompts]
+    known = [ids + text for ids, text in zip(prompts, texts, strict=True)]
+    pair = load(model, replicas.OracleDraft(known, 0.9, TAPS))
+    for cost, fits in (
+        (lambda k: 1 + 0.01 * k, lambda mean: mean > 4),  # rows are nearly free
+        (lambda k: 1.3 * k + 1, lambda mean: mean < 1),  # each costs as much as the first
+    ):
+        pair.adaptive = Timed(cost)
+        for _ in range(2):
+            results = pair.generate(prompts, max_tokens=60, ignore_eos=True, block_size="auto")
+        assert [result.token_ids for result in results] == texts
+        assert fits(results[0].mean_drafted)
+
+
+def test_auto_measures_by_itself(model, text):
+    pair = load(model, oracle(text))
+    steps = list(pair.stream_generate(IDS, max_tokens=40, ignore_eos=True, block_size="auto"))
+    assert [token for step in steps for token in step.token_ids] == text
+    assert [len(step.drafted) for step in steps[1:5]] == [5, 5, 0, 0]
+    costs = pair.adaptive.costs[1].estimates(5)
+    assert min(costs) > 0
+    found = pair.generate(IDS, max_tokens=0, block_size="auto")
+    assert math.isnan(found.mean_drafted)
+
+
+def test_auto_does_not_draft_more_than_the_pair_does(model, text):
+    pair = load(model, oracle(text))
+    pair.block_size = 3
+    result = pair.generate(IDS, max_tokens=40, ignore_eos=True, block_size="auto")
+    assert max(len(step.drafted) for step in result.steps) == 2
+    plain = load(model, None).generate(IDS, max_tokens=8, ignore_eos=True, block_size="auto")
+    assert (plain.token_ids, plain.al, plain.mean_drafted) == (text[:8], None, 0)
 
 
 # --- the one function ---

@@ -130,6 +130,49 @@ def test_text_is_the_plain_greedy_one_whatever_is_accepted(pairs, name):
 
 
 @pytest.mark.parametrize("name", mlx_replicas.ARCHITECTURES)
+def test_text_is_the_plain_greedy_one_whatever_is_drafted(pairs, name):
+    model = pairs(name)[1]
+    chances = itertools.cycle((0.5, 0.0, 1.0, 0.85))
+    for length in LENGTHS[::3]:
+        ids = replicas.prompt(length, length)
+        plain = mlx_replicas.plain(model, ids, LENGTH)
+        for schedule in replicas.SCHEDULES:
+            pair = load(model, OracleDraft([ids + plain], next(chances)))
+            pair.adaptive = replicas.Schedule(*schedule)
+            result = pair.generate(ids, max_tokens=LENGTH, ignore_eos=True, block_size="auto")
+            assert result.token_ids == plain
+            lengths = [len(step.drafted) for step in result.steps[1:]]
+            assert lengths == [k for _, k in zip(lengths, itertools.cycle(schedule), strict=False)]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3.5", "gemma4"])
+def test_a_draft_after_plain_steps_is_the_one_of_a_fresh_start(pairs, name):
+    pair = load(pairs(name)[1], draft())
+    prompts = [replicas.prompt(length, length) for length in LENGTHS[::3]]
+    for schedule in replicas.SCHEDULES:
+        pair.adaptive = replicas.Schedule(*schedule)
+        results = pair.generate(prompts, max_tokens=12, ignore_eos=True, block_size="auto")
+        for ids, result in zip(prompts, results, strict=True):
+            known = 0
+            for step in result.steps:
+                if step.drafted:
+                    text = ids + result.token_ids[: known - 1]
+                    size = len(step.drafted) + 1
+                    fresh = pair.generate(text, max_tokens=2, ignore_eos=True, block_size=size)
+                    assert fresh.steps[1].drafted == step.drafted
+                known += len(step.token_ids)
+
+
+def test_auto_measures_by_itself(target):
+    text = mlx_replicas.plain(target, IDS, LENGTH)
+    pair = load(target, OracleDraft([IDS + text], 0.85))
+    result = pair.generate(IDS, max_tokens=LENGTH, ignore_eos=True, block_size="auto")
+    assert result.token_ids == text
+    assert [len(step.drafted) for step in result.steps[1:5]] == [5, 5, 0, 0]
+    assert min(pair.adaptive.costs[1].estimates(5)) > 0
+
+
+@pytest.mark.parametrize("name", mlx_replicas.ARCHITECTURES)
 def test_blocks_are_the_references(pairs, name):
     torch_model, model = pairs(name)
     config, weights = random_draft()
@@ -273,11 +316,14 @@ def test_quantised_targets_and_drafts(tmp_path):
 # --- prompt cache ---
 
 
+@pytest.mark.parametrize("schedule", [None, (5, 0, 0)])
 @pytest.mark.parametrize("name", ["qwen3", "gemma4", "qwen3.5"])
-def test_a_prompt_cache_saves_reading_and_changes_nothing(pairs, name):
+def test_a_prompt_cache_saves_reading_and_changes_nothing(pairs, name, schedule):
     pair = load(pairs(name)[1], draft())
-    cache = pair.prompt_cache()
-    first = pair.generate(IDS, max_tokens=10, ignore_eos=True, prompt_cache=cache)
+    cache, size = pair.prompt_cache(), None
+    if schedule is not None:  # what plain steps left for the draft to read is in the cache too
+        pair.adaptive, size = replicas.Schedule(*schedule), "auto"
+    first = pair.generate(IDS, max_tokens=10, ignore_eos=True, prompt_cache=cache, block_size=size)
     longer = [*IDS, *first.token_ids, *replicas.prompt(40, 5)]
     again = pair.generate(longer, max_tokens=10, ignore_eos=True, prompt_cache=cache)
     fresh = pair.generate(longer, max_tokens=10, ignore_eos=True)
@@ -377,8 +423,12 @@ def test_the_published_calls(pairs, tmp_path):
     folder = save_draft(tmp_path / "draft")
     made = model_mlx.load_draft(str(folder))
     text = mlx_replicas.plain(model, IDS, 12)
-    responses = list(model_mlx.stream_generate(model, made, None, mx.array(IDS), max_tokens=12))
-    assert [token for r in responses for token in r.tokens] == text
+    for size in ("auto", None):
+        answers = model_mlx.stream_generate(
+            model, made, None, mx.array(IDS), block_size=size, max_tokens=12
+        )
+        responses = list(answers)
+        assert [token for r in responses for token in r.tokens] == text
     last = responses[-1]
     assert (last.finish_reason, last.generation_tokens, last.prompt_tokens) == ("length", 12, 9)
     assert responses[0].accepted is None

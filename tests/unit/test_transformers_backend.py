@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -59,6 +60,47 @@ def test_text_is_the_plain_greedy_one_whatever_is_accepted(name):
         assert alone.token_ids == plain[1]
     assert reached[0] == 1 < reached[1] < reached[2] < reached[3]
     assert reached[3] > 4.5
+
+
+@architectures()
+def test_text_is_the_plain_greedy_one_whatever_is_drafted(name):
+    model = replicas.make_target(name)
+    prompts = [replicas.prompt(length, i) for i, length in enumerate(LENGTHS)]
+    plain = [replicas.plain(model, ids, LENGTH) for ids in prompts]
+    texts = [ids + text for ids, text in zip(prompts, plain, strict=True)]
+    chances = itertools.cycle((0.5, 0.0, 1.0, 0.85))
+    for schedule in replicas.SCHEDULES:
+        pair = load(model, replicas.OracleDraft(texts, next(chances), TAPS))
+        pair.adaptive = replicas.Schedule(*schedule)
+        results = pair.generate(prompts, max_tokens=LENGTH, ignore_eos=True, block_size="auto")
+        assert [result.token_ids for result in results] == plain
+        pair = load(model, replicas.OracleDraft(texts[1:2], next(chances), TAPS))
+        pair.adaptive = replicas.Schedule(*schedule)
+        alone = pair.generate(prompts[1], max_tokens=LENGTH, ignore_eos=True, block_size="auto")
+        assert alone.token_ids == plain[1]
+        lengths = [len(step.drafted) for step in alone.steps[1:]]
+        assert lengths == [k for _, k in zip(lengths, itertools.cycle(schedule), strict=False)]
+        assert alone.mean_drafted == sum(lengths) / len(lengths)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3.5"])
+def test_a_draft_after_plain_steps_is_the_one_of_a_fresh_start(name):
+    if not replicas.available(name):
+        pytest.skip("this Transformers lacks it")
+    pair = load(replicas.make_target(name), DFlashDraftModel(*random_draft()))
+    prompts = [replicas.prompt(length, i) for i, length in enumerate(LENGTHS)]
+    for schedule in replicas.SCHEDULES:
+        pair.adaptive = replicas.Schedule(*schedule)
+        results = pair.generate(prompts, max_tokens=12, ignore_eos=True, block_size="auto")
+        for ids, result in zip(prompts, results, strict=True):
+            known = 0
+            for step in result.steps:
+                if step.drafted:
+                    text = ids + result.token_ids[: known - 1]
+                    size = len(step.drafted) + 1
+                    fresh = pair.generate(text, max_tokens=2, ignore_eos=True, block_size=size)
+                    assert fresh.steps[1].drafted == step.drafted
+                known += len(step.token_ids)
 
 
 @architectures()
