@@ -29,6 +29,7 @@ from . import prompts
 _WORKER = Path(__file__).parent / "workers" / "local_pair.py"
 SIDES = ("ours", "public", "generate", "unpacked")
 """``unpacked``: ours with the target's and draft's matrices as they are (Transformers)."""
+OURS = ("ours", "unpacked")
 
 
 class Side:
@@ -84,6 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, metavar="N")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--block-size", type=_block_size, metavar="B",
+        help="of our sides: a number, or auto (default: all the draft has room for); "
+        "the public package always takes the draft's",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     args = parser.parse_args(arguments)
     if args.target is None:
@@ -105,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 *("--target", args.target, "--draft", args.draft, "--dtype", args.dtype),
                 *("--threads", str(args.threads)),
             ]
+            if args.block_size is not None and name in OURS:
+                command += ["--block-size", str(args.block_size)]
             sides.append(Side(name, command, env))
         runs = _measure(sides, chosen, args.max_tokens, args.rounds)
         shares = _shares(sides, chosen, args.max_tokens)
@@ -164,7 +172,7 @@ def _shares(
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Per side tokens per second (median over rounds), AL and peak memory; ratios to ours.
+    """Per side tokens per second (median over rounds), AL, draft length, peak memory; ratios.
 
     A ratio is the median over rounds of ours divided by the other's of the same round;
     also by processor seconds (of all threads), which a busy machine changes least.
@@ -175,10 +183,12 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for side, values in rates.items():
         mine = [r for r in runs if r["side"] == side]
         als = [r["al"] for r in mine if r["al"] is not None]
+        drafted = [r["mean_drafted"] for r in mine if r["mean_drafted"] is not None]
         made[side] = {
             "tokens_per_second": statistics.median(values),
             "tokens_per_cpu_second": statistics.median(cpu[side]),
             "mean_al": statistics.fmean(als) if als else None,
+            "mean_drafted": statistics.fmean(drafted) if drafted else None,
             "peak_mb": max(r["peak_mb"] for r in mine),
         }
         if side != "ours":
@@ -196,6 +206,10 @@ def _rates(runs: Sequence[Mapping[str, Any]], clock: str) -> dict[str, list[floa
             seconds = sum(r[clock] for r in mine)
             made.setdefault(side, []).append(sum(len(r["tokens"]) for r in mine) / seconds)
     return made
+
+
+def _block_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _median_ratio(ours: Sequence[float], other: Sequence[float]) -> float:

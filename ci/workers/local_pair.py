@@ -1,7 +1,8 @@
 """One side of ``ci.local_bench``, in an environment of its own: JSON lines in and out.
 
 A request is ``{"chat": text}`` (answered with ``{"ids": …}``) or ``{"ids": …, "max_tokens":
-n, "profile": bool}``, answered with the generated tokens, seconds, AL and peak memory.
+n, "profile": bool}``, answered with the generated tokens, seconds, AL, mean draft length
+(both null where the side does not tell) and peak memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _HELD: list[Any] = []  # a tokenizer: not used, but whoever generates has one in memory
-Generate = Callable[[list[int], int], tuple[list[int], float | None]]
+Generate = Callable[[list[int], int], tuple[list[int], dict[str, float | None]]]
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     for name in ("--backend", "--side", "--target", "--draft", "--dtype"):
         parser.add_argument(name, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--block-size")
     args = parser.parse_args()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     pair, run = _SIDES[args.backend, args.side](args)
@@ -42,7 +44,7 @@ def main() -> None:
             continue
         shares = _watch(pair) if request.get("profile") else None
         begin, cpu = time.perf_counter(), time.process_time()
-        tokens, al = run(request["ids"], request["max_tokens"])
+        tokens, told = run(request["ids"], request["max_tokens"])
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         answer(
@@ -50,7 +52,8 @@ def main() -> None:
                 "tokens": tokens,
                 "seconds": seconds,
                 "cpu_seconds": cpu,  # of all threads: what a busy machine changes least
-                "al": al,
+                "al": told.get("al"),
+                "mean_drafted": told.get("mean_drafted"),
                 "peak_mb": peak,
                 "shares": shares,
             }
@@ -74,9 +77,14 @@ def _ours(args: argparse.Namespace, **options: Any) -> tuple[Any, Generate]:
         args.target, args.draft, backend=args.backend, dtype=args.dtype, **options
     )
 
-    def run(ids: list[int], count: int) -> tuple[list[int], float | None]:
-        result = pair.generate(ids, max_tokens=count)
-        return result.token_ids, result.al
+    size = args.block_size if args.block_size in (None, "auto") else int(args.block_size)
+    chosen = {} if size is None else {"block_size": size}
+
+    def run(ids: list[int], count: int) -> tuple[list[int], dict[str, float | None]]:
+        result = pair.generate(ids, max_tokens=count, **chosen)
+        # Of a text of one token there is no mean.
+        drafted = result.mean_drafted if len(result.steps) > 1 else None
+        return result.token_ids, {"al": result.al, "mean_drafted": drafted}
 
     return pair, run
 
@@ -99,14 +107,14 @@ def _stops(model: Any) -> list[int]:
 def _own_generate(args: argparse.Namespace) -> tuple[Any, Generate]:
     torch, model = _transformers(args)
 
-    def run(ids: list[int], count: int) -> tuple[list[int], float | None]:
+    def run(ids: list[int], count: int) -> tuple[list[int], dict[str, float | None]]:
         given = torch.tensor([ids])
         mask = torch.ones_like(given)
         out = model.generate(
             given, attention_mask=mask, max_new_tokens=count, do_sample=False,
             pad_token_id=_stops(model)[0],
         )  # fmt: skip
-        return out[0, len(ids) :].tolist(), None
+        return out[0, len(ids) :].tolist(), {}
 
     return None, run
 
@@ -119,10 +127,10 @@ def _public(args: argparse.Namespace) -> tuple[Any, Generate]:
     dtype = getattr(torch, args.dtype)
     draft = DFlashDraftModel.from_pretrained(args.draft, dtype=dtype).eval()
 
-    def run(ids: list[int], count: int) -> tuple[list[int], float | None]:
+    def run(ids: list[int], count: int) -> tuple[list[int], dict[str, float | None]]:
         with torch.inference_mode():
             out = dflash_generate(draft, model, torch.tensor([ids]), count, _stops(model))
-        return out[0, len(ids) :].tolist(), None
+        return out[0, len(ids) :].tolist(), {}
 
     return None, run
 
@@ -135,13 +143,13 @@ def _mlx_own(args: argparse.Namespace) -> tuple[Any, Generate]:
     model, tokenizer = mlx_lm.load(args.target)
     model.set_dtype(getattr(mx, args.dtype))
 
-    def run(ids: list[int], count: int) -> tuple[list[int], float | None]:
+    def run(ids: list[int], count: int) -> tuple[list[int], dict[str, float | None]]:
         tokens: list[int] = []
         for token, _ in generate_step(mx.array(ids), model, max_tokens=count):
             tokens.append(int(token))
             if tokens[-1] in tokenizer.eos_token_ids:
                 break
-        return tokens, None
+        return tokens, {}
 
     return None, run
 
@@ -167,9 +175,9 @@ def _mlx_public(args: argparse.Namespace) -> tuple[Any, Generate]:
     model.set_dtype(getattr(mx, args.dtype))
     draft.set_dtype(getattr(mx, args.dtype))
 
-    def run(ids: list[int], count: int) -> tuple[list[int], float | None]:
+    def run(ids: list[int], count: int) -> tuple[list[int], dict[str, float | None]]:
         answers = stream_generate(model, draft, tokenizer, mx.array(ids), max_tokens=count)
-        return [token for answer in answers for token in answer.tokens], None
+        return [token for answer in answers for token in answer.tokens], {}
 
     return None, run
 

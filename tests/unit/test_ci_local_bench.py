@@ -14,7 +14,7 @@ def run(number: int, side: str, seconds: float, al: float | None = None) -> dict
     return {
         "round": number, "prompt": "p", "side": side, "tokens": [1] * 60, "seconds": seconds,
         "cpu_seconds": 2 * seconds if side == "ours" else seconds, "al": al,
-        "peak_mb": 100.0 + number,
+        "mean_drafted": al and al + 1, "peak_mb": 100.0 + number,
     }  # fmt: skip
 
 
@@ -26,9 +26,10 @@ def test_a_ratio_is_the_median_of_the_rounds_own_ratios():
     assert found["public"]["ours_is_faster"] == 1.5
     assert found["public"]["ours_is_faster_in_cpu_time"] == 0.75
     assert found["ours"] == {
-        "tokens_per_second": 60.0, "tokens_per_cpu_second": 30.0, "mean_al": 4.0, "peak_mb": 102.0,
+        "tokens_per_second": 60.0, "tokens_per_cpu_second": 30.0, "mean_al": 4.0,
+        "mean_drafted": 5.0, "peak_mb": 102.0,
     }  # fmt: skip
-    assert found["public"]["mean_al"] is None
+    assert found["public"]["mean_al"] is found["public"]["mean_drafted"] is None
     assert found["public"]["tokens_per_second"] == 30.0
 
 

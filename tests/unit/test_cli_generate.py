@@ -113,5 +113,8 @@ def test_a_local_pair_is_streamed_and_compared(backend, tmp_path, capsys):
     plain = replicas.plain(model, [9, 5, 6, 8], 8)
     plain = plain[: plain.index(2)] if 2 in plain else plain
     assert captured.out.split() == [f"w{token}" for token in plain]
-    assert "DFlash: AL 1." in captured.err
+    assert "DFlash: AL 1." in captured.err and "drafted a step" not in captured.err
     assert "plain: " in captured.err and "the same text" in captured.err
+    assert cli.main([*arguments, "--block-size", "auto"]) == 0
+    other = capsys.readouterr()
+    assert other.out == captured.out and "drafted a step, " in other.err
