@@ -333,7 +333,7 @@ class Pair:
     def _lengths(self, options: Options) -> Lengths:
         """How many tokens to draft, step by step."""
         room = self.backend.block_size
-        if options.block_size != AUTO:
+        if not isinstance(options.block_size, str):
             return FixedLength.of(options.block_size, room)
         own = FixedLength.of(self.block_size, room)
         if self.adaptive is None and own.most:
