@@ -13,7 +13,7 @@ from ..errors import PairMismatchError
 from .mlx_cache import TargetCache
 
 _BUILDING = threading.RLock()
-"""Held while a model is watched: two threads may use one model, and building a graph is quick."""
+"""Held while a model is watched or wrapped: two threads may use one, and neither takes long."""
 
 
 class _Watched:
@@ -54,13 +54,15 @@ class Target:
                 hint="use the target the draft was trained for",
             )
         self._linear = {}
-        for index in TargetCache(model).recurrent:
-            if "linear_attn" not in layers[index]:
-                raise PairMismatchError(
-                    f"{self.name}: layer {index} keeps a recurrent state but has no linear_attn",
-                    hint="this target cannot be rewound; use another back-end",
-                )
-            self._linear[index] = layers[index].linear_attn
+        with _BUILDING:  # or another thread's watched layers would be found
+            for index in TargetCache(model).recurrent:
+                if "linear_attn" not in layers[index]:
+                    raise PairMismatchError(
+                        f"{self.name}: layer {index} keeps a recurrent state but has no "
+                        "linear_attn",
+                        hint="this target cannot be rewound; use another back-end",
+                    )
+                self._linear[index] = layers[index].linear_attn
 
     @property
     def vocab_size(self) -> int:
