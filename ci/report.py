@@ -230,8 +230,7 @@ def readme(matrix: Matrix, *, check: bool, path: Path = README, root: Path = RES
 def _of_earlier_draft(matrix: Matrix) -> Callable[[CellResult], bool]:
     """Whether a result was recorded with a packaged draft that is not today's."""
     embedded = {pair.id for pair in matrix.pairs.values() if pair.embedded}
-    files = manifest.read(demo.DRAFT)["files"]
-    today = str(files["model.safetensors"]["sha256"])
+    today = manifest.hashes(demo.DRAFT)["model.safetensors"]
 
     def earlier(result: CellResult) -> bool:
         is_demo = result.id.rpartition("/")[2] in embedded

@@ -78,10 +78,9 @@ def _ours(args: argparse.Namespace, **options: Any) -> tuple[Any, Generate]:
     )
 
     size = args.block_size if args.block_size in (None, "auto") else int(args.block_size)
-    chosen = {} if size is None else {"block_size": size}
 
     def run(ids: list[int], count: int) -> tuple[list[int], dict[str, float | None]]:
-        result = pair.generate(ids, max_tokens=count, **chosen)
+        result = pair.generate(ids, max_tokens=count, block_size=size)
         # Of a text of one token there is no mean.
         drafted = result.mean_drafted if len(result.steps) > 1 else None
         return result.token_ids, {"al": result.al, "mean_drafted": drafted}

@@ -228,3 +228,19 @@ class Schedule(FixedLength):
 
 SCHEDULES = [(5, 0, 0, 3, 1, 0), (0, 0, 0, 5), (0, 2, 4)]
 """Every way into and out of steps without a draft, in blocks of 6 at most."""
+
+
+def check_drafts_after_plain_steps(pair: Any, prompts: list[list[int]]) -> None:
+    """Every draft of every schedule is what a fresh start on the same tokens drafts."""
+    for schedule in SCHEDULES:
+        pair.adaptive = Schedule(*schedule)
+        results = pair.generate(prompts, max_tokens=12, ignore_eos=True, block_size="auto")
+        for ids, result in zip(prompts, results, strict=True):
+            known = 0
+            for step in result.steps:
+                if step.drafted:
+                    text = ids + result.token_ids[: known - 1]
+                    size = len(step.drafted) + 1
+                    fresh = pair.generate(text, max_tokens=2, ignore_eos=True, block_size=size)
+                    assert fresh.steps[1].drafted == step.drafted
+                known += len(step.token_ids)

@@ -89,18 +89,7 @@ def test_a_draft_after_plain_steps_is_the_one_of_a_fresh_start(name):
         pytest.skip("this Transformers lacks it")
     pair = load(replicas.make_target(name), DFlashDraftModel(*random_draft()))
     prompts = [replicas.prompt(length, i) for i, length in enumerate(LENGTHS)]
-    for schedule in replicas.SCHEDULES:
-        pair.adaptive = replicas.Schedule(*schedule)
-        results = pair.generate(prompts, max_tokens=12, ignore_eos=True, block_size="auto")
-        for ids, result in zip(prompts, results, strict=True):
-            known = 0
-            for step in result.steps:
-                if step.drafted:
-                    text = ids + result.token_ids[: known - 1]
-                    size = len(step.drafted) + 1
-                    fresh = pair.generate(text, max_tokens=2, ignore_eos=True, block_size=size)
-                    assert fresh.steps[1].drafted == step.drafted
-                known += len(step.token_ids)
+    replicas.check_drafts_after_plain_steps(pair, prompts)
 
 
 @architectures()

@@ -29,7 +29,7 @@ class Optimizer:
         matrices = [p for _, p in named if p.ndim > 1]
         vectors = [p for _, p in named if p.ndim <= 1]
         plain = [{"params": vectors, "weight_decay": 0.0}]
-        self._parts: list[torch.optim.Optimizer] = []
+        self._parts: list[torch.optim.Optimizer] = []  # of the matrices first, of vectors last
         if fit.optimizer == "muon":
             if not hasattr(torch.optim, "Muon"):
                 raise MissingDependencyError(
@@ -78,6 +78,4 @@ class Optimizer:
 
     def _owners(self) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
         for name, parameter in self._named:
-            for optimizer in self._parts:
-                if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
-                    yield name, parameter, optimizer
+            yield name, parameter, self._parts[0 if parameter.ndim > 1 else -1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from .clock import Clock
 from .config import Config
 from .prompts import Exclusions, Prompt
 
+A = TypeVar("A")
+B = TypeVar("B")
 _WINDOW = 8  # batches of prompts that are sorted by length together
 
 
@@ -158,9 +160,7 @@ def _server(
         yield ask_all(ask, todo[start : start + settings.batch * 4], settings.batch)
 
 
-def ask_all(
-    ask: Callable[[Prompt], Answer], asked: Sequence[Prompt], workers: int = 1
-) -> list[Answer]:
+def ask_all(ask: Callable[[A], B], asked: Sequence[A], workers: int = 1) -> list[B]:
     """Many requests at once; the first error ends them."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(ask, prompt) for prompt in asked]

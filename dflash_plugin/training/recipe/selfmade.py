@@ -7,18 +7,17 @@ A chat model that is given its template up to the user's turn writes a user's me
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
-
-from tqdm import tqdm
 
 from ...backends.server import ServerClient
 from ...errors import TrainingError
 from . import answers, models
 from .answers import Answer, AnswerFile
+from .clock import Clock
 from .config import Config
+from .regenerate import ask_all
 
 TEMPERATURE = 0.85
 LONGEST = 100  # tokens
@@ -49,25 +48,23 @@ def prompts(config: Config, count: int) -> Iterator[str]:
         whole = reason == "stop" and len(text.split()) >= FEWEST_WORDS
         return text.strip() if whole else ""
 
-    with AnswerFile(path) as file, ThreadPoolExecutor(settings.batch) as pool:
+    with AnswerFile(path) as file:
         missing = count - len(file.known)
-        bar = tqdm(total=count, initial=len(file.known), unit="message", file=sys.stderr)
-        for start in range(0, max(0, missing) * _ASKED_PER_PROMPT, settings.batch):
-            if len(file.known) >= count:
-                break
-            texts = {text for text in pool.map(ask, range(start, start + settings.batch)) if text}
-            file.add([_kept(text, given, tokenizer) for text in sorted(texts)])
-            bar.update(len(file.known) - bar.n)
-        bar.close()
+        with Clock().progress("message", count, len(file.known)) as told:
+            for start in range(0, max(0, missing) * _ASKED_PER_PROMPT, settings.batch):
+                if len(file.known) >= count:
+                    break
+                texts = ask_all(ask, range(start, start + settings.batch), settings.batch)
+                made = sorted({text for text in texts if text})
+                file.add([_kept(text, given, tokenizer) for text in made])
+                told(len(file.known))
         if len(file.known) < count:
             raise TrainingError(
                 f"{settings.url}: {len(file.known)} different messages of {FEWEST_WORDS} words or "
                 f"more after {missing * _ASKED_PER_PROMPT} requests, asked for {count}",
                 hint="ask for fewer, or use a source of another kind",
             )
-    for number, row in enumerate(answers.read(path)):
-        if number == count:
-            return
+    for row in islice(answers.read(path), count):
         yield tokenizer.decode(row.answer)
 
 
