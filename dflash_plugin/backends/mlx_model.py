@@ -138,8 +138,10 @@ class _State:
             logits, taps, _calls = self.target.forward(self.cache, part)
             if self.draft is not None:
                 self.extend(taps)
-            # Evaluated chunk by chunk, or the graph of all of them would be held.
+            # Evaluated chunk by chunk, or the graph of all of them would be held; a step
+            # has no use for buffers of a chunk's size.
             self.evaluate()
+            mx.clear_cache()
         last = sampler.processed(logits[0, -1:], lambda: row.prompt, 0)
         return row.take([sampler.choose(last[0])])
 

@@ -238,7 +238,8 @@ def _step(state: _State, live: list[Row], sampler: Sampler, k: int) -> list[Step
     accepted, own = sampler.verify(drafted, drawn_from, sampler.processed(output.logits, texts, k))
     kept = [count + 1 for count in accepted]
     target.rewind(undo, kept)
-    state.extend(places, output.taps[:, : max(kept)], kept)
+    # All of them, kept or not: for each other number of rows the CPU keeps kernels of its own.
+    state.extend(places, output.taps, kept)
     return [
         row.take([*more[:count], token], more, count)
         for row, more, count, token in zip(live, drafted, accepted, own, strict=True)

@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 
 _ROWS = 8
 """Rows the arrangement is chosen for; others are computed with it as well."""
+_MULTIPLE = 32
+"""More rows than that, a prompt's, are filled up to a multiple of it: oneDNN keeps about
+half a MB for every number of rows and shape of matrix that it meets."""
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)")
 """A mapping's first line in Linux's ``smaps``: from, to and inode, 0 without a file."""
 
@@ -35,8 +38,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return made
+        rows = x.reshape(-1, x.shape[-1])
+        count = rows.shape[0]
+        if count > _MULTIPLE:
+            rows = nn.functional.pad(rows, (0, 0, 0, -count % _MULTIPLE))
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(
+            rows, self.weight, self.bias, "none", [], ""
+        )
+        return made[:count].reshape(*x.shape[:-1], made.shape[-1])
 
 
 def pack(model: nn.Module) -> int:

@@ -40,7 +40,8 @@ def packed(model: Any) -> list[str]:
 def test_products_are_those_of_the_layer_for_any_rows(dtype, bias):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(160, 96, bias=bias)).to(dtype)
-    xs = [torch.randn(*shape, 160).to(dtype) for shape in ((1,), (0,), (1, 8), (2, 3, 5), (70,))]
+    shapes = ((), (1,), (0,), (1, 8), (2, 3, 5), (70,))
+    xs = [torch.randn(*shape, 160).to(dtype) for shape in shapes]
     xs += [torch.randn(160, 9).to(dtype).t(), torch.randn(2, 9, 160).to(dtype)[:, 1:]]
     with torch.inference_mode():
         expected = [model(x) for x in xs]
