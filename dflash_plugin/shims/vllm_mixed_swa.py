@@ -1,8 +1,10 @@
-"""The V1 proposer of vLLM 0.25 - 0.33 with drafts that mix sliding and full layers.
+"""The V1 proposer of vLLM 0.25 - 0.33 with drafts whose layers are in several KV cache groups.
 
-It knows one KV cache group and one causality. A mixed draft has several: its layers are
-sorted into parts that agree on both, and each of the proposer's own methods that uses a
-block table or a slot mapping runs once per part, seeing that part alone.
+It knows one group and one causality. A draft that mixes sliding and full layers has several
+of both; one with full layers alone has several groups beside a target with fewer layers of
+another kind (gpt-oss: groups are cut to the size of the smallest). Layers are sorted into
+parts that agree on both, and each of the proposer's own methods that uses a block table or
+a slot mapping runs once per part, seeing that part alone.
 
 The refusals this makes void are lifted by ``vllm_mixed_swa_model`` (only where this is in
 place) and ``vllm_mixed_swa_config``.
@@ -65,19 +67,21 @@ def apply(module: Any) -> str:
 
         def initialize_attn_backend(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
             config = self.draft_model_config.hf_config
-            if not mixed(config):
-                super().initialize_attn_backend(kv_cache_config, *args, **kwargs)
-                return
             groups = {
                 name: gid
                 for gid, group in enumerate(kv_cache_config.kv_cache_groups)
                 for name in group.layer_names
             }
+            mixture = mixed(config)
+            if not mixture and len({groups[name] for name in self._draft_attn_layer_names}) == 1:
+                super().initialize_attn_backend(kv_cache_config, *args, **kwargs)
+                return
             parts: dict[tuple[int, bool, int | None], list[str]] = {}
             for i, layer in enumerate(self._draft_layers()):
                 name = layer.self_attn.attn.layer_name
-                # Asked of a config without the mixture: the release resolves those only.
-                window, causal = qwen3_dflash._resolve_layer_attention(OneKind(config, i), i)
+                # Asked of a config without a mixture: the release resolves those only.
+                kind = OneKind(config, i) if mixture else config
+                window, causal = qwen3_dflash._resolve_layer_attention(kind, i)
                 parts.setdefault((groups[name], bool(causal), window), []).append(name)
             slots = ("_context_slot_mapping_buffer", "_slot_mapping_buffer")
             self._parts = []
@@ -98,7 +102,7 @@ def apply(module: Any) -> str:
                 group for part in self._parts for group in part.attributes["draft_attn_groups"]
             ]
             module.logger.info(
-                "dflash-plugin: mixed sliding/full draft on the V1 runner: %s",
+                "dflash-plugin: draft in several parts on the V1 runner: %s",
                 "; ".join(
                     f"{len(names)} layers, KV group {gid}, window {window}, "
                     + ("causal" if causal else "bidirectional")
@@ -197,7 +201,7 @@ def apply(module: Any) -> str:
     DFlashProposer.__qualname__ = DFlashProposer.__name__ = base.__name__
     DFlashProposer.__module__ = module.__name__
     module.DFlashProposer = DFlashProposer
-    return "the V1 proposer takes drafts that mix sliding and full layers"
+    return "the V1 proposer takes drafts whose layers are in several KV cache groups"
 
 
 _MODEL = "vllm.model_executor.models.qwen3_dflash:DFlashQwen3Model"
@@ -205,7 +209,8 @@ _BASE = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 SHIM = Shim(
     name="mixed-swa",
     symptom="drafts that mix sliding-window and full layers are refused on the V1 model runner, "
-    "which is the only one on the CPU",
+    "which is the only one on the CPU; so are others whose layers are in several KV cache groups, "
+    "as beside gpt-oss ('All drafting layers should belong to the same kv cache group')",
     mechanism="the proposer has one KV cache group and one causality; its methods run once for "
     "each set of layers that has both in common",
     removal="when the V1 proposer takes several KV cache groups, or the V1 runner is gone, which "

@@ -157,7 +157,7 @@ def test_mixed_drafts_are_lossless_and_faithful(mixed: CellRun) -> None:
     assert blocks["equal"] >= 0.995 * blocks["steps"] > 200
     assert abs(result["al"] / result["al_reference"] - 1) <= 0.01
     log = next(mixed.out.glob("cells/**/server-dflash-float32.log")).read_text(encoding="utf-8")
-    assert "mixed sliding/full draft on the V1 runner" in log
+    assert "draft in several parts on the V1 runner" in log
     assert "not applied" not in log
 
 

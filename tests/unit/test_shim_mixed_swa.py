@@ -189,6 +189,20 @@ def test_context_goes_into_each_layers_own_slots(module):
     assert [one.tolist() for one in slots] == [[9032] * 5, [4016] * 5, [9032] * 5]
 
 
+@pytest.mark.parametrize("kinds", [[FULL, FULL, FULL], [SLIDING, SLIDING, SLIDING]])
+def test_layers_of_one_kind_in_several_groups(module, kinds):
+    """What becomes of a draft with more layers than a target has of some kind (gpt-oss)."""
+    made = proposer(module, kinds, [4, 9, 4])
+    assert made.draft_attn_groups == [["layer.0", "layer.2"], ["layer.1"]]
+    _, per_layer, _, slots = step(made, context=2)
+    for name, gid in (("layer.0", 4), ("layer.1", 9), ("layer.2", 4)):
+        metadata = per_layer[name]
+        assert (metadata.block_table_tensor, metadata.causal) == (f"{gid}", kinds[0] == SLIDING)
+        assert slots[name].tolist()[0] == gid * 1000 + BLOCK_SIZES[gid] + 1
+    ((_, _, stored),) = made.stored
+    assert [one.tolist() for one in stored] == [[4016] * 2, [9032] * 2, [4016] * 2]
+
+
 def test_what_a_part_sees_does_not_stay(module):
     made = proposer(module, [SLIDING, FULL], [9, 4])
     before = {name: getattr(made, name) for name in made._parts[1].attributes}
