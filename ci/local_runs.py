@@ -84,12 +84,24 @@ class LocalResult:
 
 @dataclass(frozen=True)
 class Text:
-    """One prompt; ``keep``: generated after the one before it, in the same prompt cache."""
+    """One prompt.
+
+    Attributes:
+        keep: generated after the one before it, in the same prompt cache.
+        follows: its prompt comes after all of the text before, answer included.
+        limit: of its new tokens, where it is less than the run's.
+    """
 
     id: str
     kind: str
     ids: tuple[int, ...]
     keep: bool = False
+    follows: bool = False
+    limit: int | None = None
+
+    def new_tokens(self, most: int) -> int:
+        """How many are generated in a run of so many at most."""
+        return most if self.limit is None else min(self.limit, most)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,22 +212,30 @@ def texts(count: int) -> list[Text]:
     # Another request after the same text: what is asked for is in the block that is shared in part.
     found.append(Text("prefix-request", PREFIX, (*first.ids[:-24], *other.ids[-24:]), keep=True))
     # All that the text before left behind, answer included: what a recurrent state can go on from.
-    found.append(Text("prefix-whole", PREFIX, other.ids[-24:], keep=True))
+    found.append(Text("prefix-whole", PREFIX, other.ids[-24:], keep=True, follows=True))
+    # Cut short and gone on with: the draft's last cached block is what it drafts from.
+    found.append(Text("prefix-cut", PREFIX, first.ids, keep=True, limit=8))
+    found.append(Text("prefix-continued", PREFIX, (), keep=True, follows=True))
+    # As many tokens as a recurrent state has read, and two more, after another request.
+    found.append(Text("prefix-read", PREFIX, first.ids, keep=True, limit=1))
+    ids = (*first.ids[:-24], *other.ids[-26:])
+    found.append(Text("prefix-other-request", PREFIX, ids, keep=True))
     return found
 
 
 def plain_texts(side: Side, wanted: Sequence[Text], max_tokens: int) -> list[list[int]]:
-    """The framework's own greedy texts; ``prefix-whole`` follows on the one before it."""
+    """The framework's own greedy texts."""
     found: list[list[int]] = []
     for text in tqdm(wanted, desc="plain", unit="text", disable=None):
         ids = prompt_of(text, wanted, found)
-        found.append(side.ask(op="plain", ids=ids, max_tokens=max_tokens)["tokens"])
+        count = text.new_tokens(max_tokens)
+        found.append(side.ask(op="plain", ids=ids, max_tokens=count)["tokens"])
     return found
 
 
 def prompt_of(text: Text, wanted: Sequence[Text], before: Sequence[Sequence[int]]) -> list[int]:
     """A text's prompt: its own, after the whole of the text before where it continues that."""
-    if text.id != "prefix-whole":
+    if not text.follows:
         return list(text.ids)
     return [*wanted[wanted.index(text) - 1].ids, *before[-1], *text.ids]
 
@@ -230,7 +250,8 @@ def generate(
     k = 0
     for at, text in enumerate(tqdm(wanted, desc="generate", unit="text", disable=None)):
         ids = prompt_of(text, wanted, plain[:at])
-        made = side.ask(op="generate", ids=ids, max_tokens=max_tokens, keep=text.keep)
+        count = text.new_tokens(max_tokens)
+        made = side.ask(op="generate", ids=ids, max_tokens=count, keep=text.keep)
         sequences.append(
             {
                 "id": text.id,

@@ -166,7 +166,7 @@ def page() -> list[str]:
         "`python -m ci mutate --save` makes. The Transformers back-end plays the engine and makes",
         "one mistake at a time; what it generates is judged as every engine's is: "
         f"{COUNT} prompts of",
-        "the replicas, and seven texts in one prompt cache, most of which begin as the one before",
+        "the replicas, and eleven texts in one prompt cache, most of which begin as the one before",
         "them did.",
         "",
         *(f"- `{name}`: {what}" for name, what in FAULTS.items()),

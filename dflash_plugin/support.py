@@ -237,6 +237,8 @@ _VLLM_TARGETS = {
     "qwen3_next": ("0.24.0", _NO_TAPS),
 }
 _VLLM_DFLASH2 = "0.28.0"
+_SEVERAL_GROUPS = "0.25.0"
+"""From there on a draft's layers may be in several KV cache groups (mixed-swa)."""
 _LINEAR_TARGETS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 
 
@@ -333,12 +335,18 @@ def decide_pair(decision: Support, model_type: str | None, *, dflash2: bool = Fa
         return refused("DFlash 2 drafts want vLLM's V2 runner, which is for GPUs", first)
     if base < Version(first):
         return refused(_VLLM_TARGETS[model_type or ""][1], first)
+    limits = decision.limits
     if model_type in _LINEAR_TARGETS:
         limit = "targets with recurrent layers were read in the release's source, and not run"
         if decision.platform == "cpu":
             limit += "; linear attention is bfloat16 alone on the CPU"
-        return replace(decision, limits=(*decision.limits, limit))
-    return decision
+        limits += (limit,)
+    if model_type == "gpt_oss" and base < Version(_SEVERAL_GROUPS):
+        limits += (
+            "gpt-oss-20b's draft falls into two KV cache groups, which the release refuses: add "
+            "--disable-hybrid-kv-cache-manager (read in the release's source, and not run)",
+        )
+    return replace(decision, limits=limits)
 
 
 def first_release(model_type: str | None, *, dflash2: bool = False) -> str:

@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import sys
+import tempfile
 import traceback
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
@@ -130,7 +131,18 @@ class Mlx(Local):
     """The MLX back-end."""
 
     def __init__(self, args):
-        self.load(str(args.target), args.draft, backend="mlx", dtype="float32")
+        import mlx.core as mx
+
+        # Stored in float32 first: mlx_lm adds 1 to Qwen3-Next's norms in the stored type.
+        with tempfile.TemporaryDirectory() as folder:
+            for path in args.target.iterdir():
+                copy = Path(folder, path.name)
+                if path.suffix == ".safetensors":
+                    weights = {name: w.astype(mx.float32) for name, w in mx.load(path).items()}
+                    mx.save_safetensors(str(copy), weights)
+                else:
+                    copy.symlink_to(path.resolve())
+            self.load(folder, args.draft, backend="mlx", dtype="float32")
 
     def plain(self, ids, count):
         import mlx.core as mx
