@@ -119,6 +119,8 @@ def matrix_row(target: str) -> matrix.Pair | None:
     """The matrix's pair for ``demo``, a pair id or a target repository; None: it has none."""
     if target == DEMO:
         return next((p for p in matrix.load().pairs.values() if p.embedded), None)
+    if target.startswith((".", os.sep)):  # a path is no pair's name: spare reading the matrix
+        return None
     return matrix.load().pair_for(target)
 
 

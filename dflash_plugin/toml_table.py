@@ -10,11 +10,6 @@ from typing import Any, TypeVar
 
 from .errors import MatrixError, near_names
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    import tomli as tomllib
-
 T = TypeVar("T")
 _ID = re.compile(r"[a-z0-9][a-z0-9.:+_-]*")
 
@@ -25,6 +20,12 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         MatrixError: it cannot be read, or is not TOML.
     """
+    # Here: most commands read no TOML, and a parser is memory and time in every engine process.
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:  # pragma: no cover
+        import tomli as tomllib
+
     try:
         with path.open("rb") as file:
             parsed: dict[str, Any] = tomllib.load(file)

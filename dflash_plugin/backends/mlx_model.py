@@ -119,6 +119,8 @@ class MLXBackend:
         finally:
             if cache is not None and states:
                 states[rows[0].index].leave(cache, rows[0])
+            states.clear()
+            mx.clear_cache()  # buffers that MLX would keep for the next text
 
 
 class _State:

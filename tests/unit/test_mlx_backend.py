@@ -271,6 +271,14 @@ def test_max_tokens_and_block_size_are_exact(target, count, block_size):
     assert (result.token_ids, result.finish_reason) == (text[:count], "length")
 
 
+def test_a_text_leaves_no_buffers_behind(target):
+    stream = load(target, draft()).stream_generate(IDS, max_tokens=LENGTH, ignore_eos=True)
+    assert len(list(itertools.islice(stream, 3))) == 3
+    assert mx.get_cache_memory() > 0
+    stream.close()
+    assert mx.get_cache_memory() == 0
+
+
 def test_the_first_end_of_text_token_ends_it(target):
     text = mlx_replicas.plain(target, IDS, 20)
     end = text[12]
