@@ -93,6 +93,7 @@ class MLXBackend:
         self, rows: Sequence[Row], options: Options, lengths: Lengths, cache: Any = None
     ) -> Iterator[Step]:
         """Decode until every row is done; see :class:`dflash_plugin.backends.api.Backend`."""
+        mx.clear_cache()  # buffers of earlier texts, of other sizes
         for row in rows:
             row.start()
         live = [row for row in rows if not row.done]
@@ -119,8 +120,6 @@ class MLXBackend:
         finally:
             if cache is not None and states:
                 states[rows[0].index].leave(cache, rows[0])
-            states.clear()
-            mx.clear_cache()  # buffers that MLX would keep for the next text
 
 
 class _State:

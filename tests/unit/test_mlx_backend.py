@@ -271,12 +271,19 @@ def test_max_tokens_and_block_size_are_exact(target, count, block_size):
     assert (result.token_ids, result.finish_reason) == (text[:count], "length")
 
 
-def test_a_text_leaves_no_buffers_behind(target):
-    stream = load(target, draft()).stream_generate(IDS, max_tokens=LENGTH, ignore_eos=True)
-    assert len(list(itertools.islice(stream, 3))) == 3
-    assert mx.get_cache_memory() > 0
-    stream.close()
-    assert mx.get_cache_memory() == 0
+def test_buffers_of_earlier_texts_and_of_the_prompt_are_given_back(target, monkeypatch):
+    pair = load(target, draft())
+    pair.generate(replicas.prompt(31), max_tokens=LENGTH)
+    given_back, clear = [], mx.clear_cache
+
+    def clear_cache() -> None:
+        given_back.append(mx.get_cache_memory())
+        clear()
+
+    monkeypatch.setattr(mx, "clear_cache", clear_cache)
+    next(pair.stream_generate(IDS, max_tokens=LENGTH, prefill_chunk=len(IDS)))
+    assert len(given_back) == 2
+    assert min(given_back) > 0
 
 
 def test_the_first_end_of_text_token_ends_it(target):
