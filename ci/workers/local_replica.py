@@ -140,6 +140,8 @@ class Mlx(Local):
                 if path.suffix == ".safetensors":
                     weights = {name: w.astype(mx.float32) for name, w in mx.load(path).items()}
                     mx.save_safetensors(str(copy), weights)
+                elif path.name == "config.json":
+                    copy.write_text(json.dumps(as_published(json.loads(path.read_text()))))
                 else:
                     copy.symlink_to(path.resolve())
             self.load(folder, args.draft, backend="mlx", dtype="float32")
@@ -159,6 +161,14 @@ class Mlx(Local):
         target = self.backend.target
         _logits, taps, _calls = target.forward(target.cache(), ids)
         return taps[0].tolist()
+
+
+def as_published(config):
+    """A Qwen3.5 text model's config in that of a whole model, as published checkpoints have it."""
+    kind = config["model_type"]
+    if not kind.startswith("qwen3_5"):
+        return config
+    return {"model_type": kind.removesuffix("_text"), "text_config": config}
 
 
 SIDES = {"transformers": Transformers, "mlx": Mlx}
