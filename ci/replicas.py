@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = "replica.json"
 """Written last by the builder: how a pair was trained, and its acceptance lengths."""
 _BUILDER = Path(__file__).parent / "replica_builder"
+COMMAND = (sys.executable, "-m", "ci", "replicas")
 _TARGET_CODE = ("language.py", "tokenizer.py", "target.py")
 _LOG_LINES = 12
 
@@ -97,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every one")
     parser.add_argument("--list", action="store_true", help="say which are built; build none")
     parser.add_argument("--force", action="store_true", help="build the drafts anew")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="built at a time")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,12 +116,49 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "replicas: nothing to build", hint="name some, or --all; --list shows them"
         )
-    for name in dict.fromkeys(args.ids or specs.pairs):
+    names = list(dict.fromkeys(specs.pair(name).id for name in args.ids or specs.pairs))
+    if args.jobs < 1:
+        raise UsageError(f"replicas: --jobs is {args.jobs}, expected at least 1")
+    if args.jobs > 1:
+        _build_side_by_side(names, args.jobs, args.force)
+        args.force = False
+    for name in names:
         replica = ensure(name, specs=specs, force=args.force)
         print(name, replica.target, replica.draft, flush=True)
         lengths = ", ".join(f"{k} {v:.3f}" for k, v in replica.record["al"].items())
         print(f"{name}: acceptance length {lengths}", file=sys.stderr)
     return 0
+
+
+def _build_side_by_side(names: Sequence[str], jobs: int, force: bool) -> None:
+    """Build them, each by a command of its own; what one of them says is said here.
+
+    Raises:
+        TrainingError: some failed; the others are built.
+    """
+    command = [*COMMAND, *(["--force"] * force)]
+    waiting, running, failed = list(names), dict[str, subprocess.Popen[bytes]](), list[str]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = subprocess.Popen(
+                    [*command, name], cwd=ROOT, stdout=subprocess.DEVNULL
+                )
+            time.sleep(0.1)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    failed += [name] * bool(process.returncode)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    if failed:
+        raise TrainingError(
+            f"replicas: {', '.join(failed)} not built", hint="what they said is above; run it again"
+        )
 
 
 def _ensure_target(specs: Specs, spec: TargetSpec, reference: Environment) -> Path:

@@ -89,18 +89,24 @@ class Control:
         path.touch()
         return path
 
-    def process(self, *args: str) -> subprocess.Popen[str]:
-        """The command in a process of its own, with the same builder."""
+    @property
+    def command(self) -> list[str]:
+        """``python -m ci replicas`` with the same builder."""
         program = (
-            "import sys\nfrom pathlib import Path\nfrom ci import __main__, environment\n"
+            "import sys\nfrom pathlib import Path\nfrom ci import __main__, environment, replicas\n"
             "from ci.environment import Environment\n"
             f"found = Environment('venv', Path({str(self.python)!r}), 'reference', False, "
             f"{self.versions!r}, Path({str(self.folder)!r}))\n"
             "environment.ensure_reference = lambda: found\n"
-            f"sys.exit(__main__.main({['replicas', *args]!r}))"
+            "replicas.COMMAND = (sys.executable, '-c', sys.orig_argv[2])\n"
+            "sys.exit(__main__.main(['replicas', *sys.argv[1:]]))"
         )
+        return [sys.executable, "-c", program]
+
+    def process(self, *args: str) -> subprocess.Popen[str]:
+        """The command in a process of its own."""
         return subprocess.Popen(
-            [sys.executable, "-c", program],
+            [*self.command, *args],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -240,6 +246,40 @@ def test_the_command_prints_id_target_and_draft(control, capsys):
     assert "replica-short 2.500, replica-long 2.000" in printed.err
 
 
+def test_jobs_build_side_by_side_and_share_a_target(control, capsys, monkeypatch):
+    monkeypatch.setattr(replicas, "COMMAND", control.command)
+    assert ci_main.main(["replicas", PAIR, SISTER, "tiny-llama", "--jobs", "2"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [PAIR, SISTER, "tiny-llama"]
+    assert sorted(control.calls) == [
+        "draft tiny-llama", "draft tiny-qwen3", "draft tiny-qwen3-swa",
+        "target llama", "target qwen3",
+    ]  # fmt: skip
+
+
+def test_a_job_that_fails_is_named_and_the_others_are_built(control, capfd, monkeypatch):
+    monkeypatch.setattr(replicas, "COMMAND", control.command)
+    replicas.ensure(PAIR)
+    control.tell("fail")
+    assert ci_main.main(["replicas", PAIR, "tiny-llama", "--jobs", "2"]) != 0
+    said = capfd.readouterr().err
+    assert "replicas: tiny-llama not built" in said
+    assert "| out of luck" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_killed_with_jobs_none_goes_on(control, number):
+    hold = control.tell("hold")
+    process = control.process(PAIR, "tiny-llama", "--jobs", "2")
+    wait_for(lambda: len(control.calls) == 2, "both builders' start")
+    process.send_signal(number)
+    process.wait(timeout=30)
+    assert process.returncode == 130
+    hold.unlink()
+    assert replicas.find(PAIR) is None
+    assert replicas.find("tiny-llama") is None
+
+
 def test_list_builds_nothing(control, capsys):
     replicas.ensure(PAIR)
     capsys.readouterr()
@@ -253,6 +293,7 @@ def test_list_builds_nothing(control, capsys):
 
 @pytest.mark.parametrize(("args", "words"), [
     ([], "nothing to build"), (["--all", PAIR], "ids and --all"), (["tiny"], "no replica 'tiny'"),
+    (["--jobs", "0", PAIR], "--jobs is 0"),
 ])  # fmt: skip
 def test_wrong_arguments(control, capsys, args, words):
     assert ci_main.main(["replicas", *args]) in (2, 11)
