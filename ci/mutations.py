@@ -159,6 +159,7 @@ def page() -> list[str]:
     rows = {(row.replica, row.fault): row for row in saved()}
     pairs = list(dict.fromkeys(pair for pair, _ in rows))
     missing = [name for name in replica_specs.load().pairs if name not in pairs]
+    shared = sum(text.kind == local_runs.PREFIX for text in local_runs.texts(COUNT))
     lines = [
         "# Mutations: which check sees which mistake",
         "",
@@ -166,7 +167,8 @@ def page() -> list[str]:
         "`python -m ci mutate --save` makes. The Transformers back-end plays the engine and makes",
         "one mistake at a time; what it generates is judged as every engine's is: "
         f"{COUNT} prompts of",
-        "the replicas, and eleven texts in one prompt cache, most of which begin as the one before",
+        f"the replicas, and {shared} texts in one prompt cache, most of which begin as the one "
+        "before",
         "them did.",
         "",
         *(f"- `{name}`: {what}" for name, what in FAULTS.items()),

@@ -34,8 +34,9 @@ from .replica_specs import PairSpec, Specs, TargetSpec
 ROOT = Path(__file__).parents[1]
 RECORD = "replica.json"
 """Written last by the builder: how a pair was trained, and its acceptance lengths."""
-_BUILDER = Path(__file__).parent / "replica_builder"
 COMMAND = (sys.executable, "-m", "ci", "replicas")
+"""What builds one of several at a time."""
+_BUILDER = Path(__file__).parent / "replica_builder"
 _TARGET_CODE = ("language.py", "tokenizer.py", "target.py")
 _LOG_LINES = 12
 
@@ -119,14 +120,15 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(specs.pair(name).id for name in args.ids or specs.pairs))
     if args.jobs < 1:
         raise UsageError(f"replicas: --jobs is {args.jobs}, expected at least 1")
-    if args.jobs > 1:
+    side_by_side = args.jobs > 1
+    if side_by_side:
         _build_side_by_side(names, args.jobs, args.force)
-        args.force = False
     for name in names:
-        replica = ensure(name, specs=specs, force=args.force)
+        replica = ensure(name, specs=specs, force=args.force and not side_by_side)
         print(name, replica.target, replica.draft, flush=True)
-        lengths = ", ".join(f"{k} {v:.3f}" for k, v in replica.record["al"].items())
-        print(f"{name}: acceptance length {lengths}", file=sys.stderr)
+        if not side_by_side:  # what built it has said so
+            lengths = ", ".join(f"{k} {v:.3f}" for k, v in replica.record["al"].items())
+            print(f"{name}: acceptance length {lengths}", file=sys.stderr)
     return 0
 
 

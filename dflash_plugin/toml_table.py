@@ -20,7 +20,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         MatrixError: it cannot be read, or is not TOML.
     """
-    # Here: most commands read no TOML, and a parser is memory and time in every engine process.
+    # Here: local back-ends given two folders read no TOML, and the parser is half a MB.
     if sys.version_info >= (3, 11):
         import tomllib
     else:  # pragma: no cover

@@ -38,14 +38,16 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
-        rows = x.reshape(-1, x.shape[-1])
-        count = rows.shape[0]
-        if count > _MULTIPLE:
-            rows = nn.functional.pad(rows, (0, 0, 0, -count % _MULTIPLE))
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(
-            rows, self.weight, self.bias, "none", [], ""
-        )
+        count = x.shape[:-1].numel()
+        if count <= _MULTIPLE:
+            return self._product(x)
+        rows = nn.functional.pad(x.reshape(count, -1), (0, 0, 0, -count % _MULTIPLE))
+        made = self._product(rows)
         return made[:count].reshape(*x.shape[:-1], made.shape[-1])
+
+    def _product(self, x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return made
 
 
 def pack(model: nn.Module) -> int:
