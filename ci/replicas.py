@@ -11,6 +11,7 @@ Torch runs in a process of its own, in the reference's environment.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"replicas: --jobs is {args.jobs}, expected at least 1")
     side_by_side = args.jobs > 1
     if side_by_side:
-        _build_side_by_side(names, args.jobs, args.force)
+        _build_side_by_side(specs, names, args.jobs, args.force)
     for name in names:
         replica = ensure(name, specs=specs, force=args.force and not side_by_side)
         print(name, replica.target, replica.draft, flush=True)
@@ -132,30 +133,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _build_side_by_side(names: Sequence[str], jobs: int, force: bool) -> None:
+def _build_side_by_side(specs: Specs, names: Sequence[str], jobs: int, force: bool) -> None:
     """Build them, each by a command of its own; what one of them says is said here.
+
+    A pair whose target another one is making comes later: it would only wait.
 
     Raises:
         TrainingError: some failed; the others are built.
     """
     command = [*COMMAND, *(["--force"] * force)]
-    waiting, running, failed = list(names), dict[str, subprocess.Popen[bytes]](), list[str]()
+    reference = environment.ensure_reference()
+    folders = {name: _target_folder(specs, specs.pair(name).target, reference) for name in names}
+    waiting, failed = list(names), list[str]()
+    running: dict[int, tuple[str, subprocess.Popen[bytes]]] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                running[name] = subprocess.Popen(
-                    [*command, name], cwd=ROOT, stdout=subprocess.DEVNULL
-                )
+            for place in set(range(jobs)) - set(running):
+                busy = {folders[name] for name, _ in running.values()}
+                begun = {folder for folder in busy if not folder.exists()}
+                name = next((name for name in waiting if folders[name] not in begun), "")
+                if not name:
+                    break
+                waiting.remove(name)
+                process = subprocess.Popen([*command, name], cwd=ROOT, stdout=subprocess.DEVNULL)
+                running[place] = name, process
+                _keep_to_cores(process.pid, place, jobs)
             time.sleep(0.1)
-            for name, process in list(running.items()):
+            for place, (name, process) in list(running.items()):
                 if process.poll() is not None:
-                    del running[name]
+                    del running[place]
                     failed += [name] * bool(process.returncode)
     finally:
-        for process in running.values():
+        for _, process in running.values():
             process.terminate()
-        for process in running.values():
+        for _, process in running.values():
             process.wait()
     if failed:
         raise TrainingError(
@@ -163,16 +174,29 @@ def _build_side_by_side(names: Sequence[str], jobs: int, force: bool) -> None:
         )
 
 
+def _keep_to_cores(process: int, place: int, jobs: int) -> None:
+    """Give one of ``jobs`` processes its share of the cores: two that wander are a tenth slower."""
+    if not hasattr(os, "sched_setaffinity"):  # Linux alone has it
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    with contextlib.suppress(ProcessLookupError):
+        os.sched_setaffinity(process, cores[place::jobs] or cores)
+
+
 def _ensure_target(specs: Specs, spec: TargetSpec, reference: Environment) -> Path:
     """The folder of a trained target; several pairs may share it."""
-    key = _key(specs.for_target(spec), (_BUILDER / name for name in _TARGET_CODE), reference)
-    folder = _root() / f"target-{spec.id}-{key}"
+    folder = _target_folder(specs, spec, reference)
     with cache.locked(folder.name, sweep=folder):
         if not folder.exists():
             with cache.staged_dir(folder) as staging:
                 what = specs.for_target(spec)
                 _build(reference, f"target {spec.id}", "target", what, staging)
     return folder
+
+
+def _target_folder(specs: Specs, spec: TargetSpec, reference: Environment) -> Path:
+    key = _key(specs.for_target(spec), (_BUILDER / name for name in _TARGET_CODE), reference)
+    return _root() / f"target-{spec.id}-{key}"
 
 
 def _pair_folder(specs: Specs, spec: PairSpec, reference: Environment) -> Path:
@@ -213,6 +237,10 @@ def _build(
         "HF_HUB_OFFLINE": "1",
         # A second thread that spins while others need its core makes all slower.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc gives each large tensor's pages back to the kernel and asks for them again.
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     }
     # On a terminal its progress bar is shown; elsewhere its last lines are kept.
     terminal = sys.stderr.isatty()

@@ -257,6 +257,26 @@ def test_jobs_build_side_by_side_and_share_a_target(control, capsys, monkeypatch
     ]  # fmt: skip
 
 
+def test_a_pair_whose_target_is_being_made_lets_another_go_first(control):
+    hold = control.tell("hold")
+    process = control.process(PAIR, SISTER, "tiny-llama", "--jobs", "2")
+    wait_for(lambda: len(control.calls) == 2, "both builders' start")
+    assert sorted(control.calls) == ["target llama", "target qwen3"]
+    hold.unlink()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert replicas.find(SISTER) is not None
+
+
+def test_each_job_has_its_own_cores(monkeypatch):
+    given = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 5}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", given.__setitem__, raising=False)
+    for place in range(4):
+        replicas._keep_to_cores(place, place, 2 if place < 2 else 4)
+    assert given == {0: [1, 5], 1: [2], 2: [5], 3: [1, 2, 5]}
+
+
 def test_a_job_that_fails_is_named_and_the_others_are_built(control, capfd, monkeypatch):
     monkeypatch.setattr(replicas, "COMMAND", control.command)
     replicas.ensure(PAIR)

@@ -62,6 +62,8 @@ def test_defaults_and_the_output_folder(tmp_path):
         ("layers = 1", "layers = 1\nfull_layers = [1]", "full_layers has 1, expected below 1"),
         ('kind = "templates"', 'kind = "csv"', "kind is 'csv', expected templates"),
         ("count = 5", "", "has no count"),
+        ("count = 5", "count = 5\nvary = 2", "vary is 2 for templates, expected 0"),
+        ("count = 5", "count = 5\nvary = -1", "vary is -1, expected at least 0"),
         ("[draft]", "[fit]\nema = 1.5\n[draft]", "ema is 1.5"),
         ("[draft]", "[fit]\ndecay = 0\n[draft]", "decay is 0"),
         ("[draft]", "[fit]\ndistill = 0.5\n[draft]", "features.teacher"),

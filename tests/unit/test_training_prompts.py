@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from test_training_config import MINIMAL, read
 
 from dflash_plugin.errors import TrainingError, UsageError
-from dflash_plugin.training.recipe import prompts, sources, templates
+from dflash_plugin.training.recipe import prompts, sources, templates, vary
 from dflash_plugin.training.recipe.config import Source
 from dflash_plugin.training.recipe.prompts import Exclusions, Prompt, windows
 
@@ -147,3 +149,43 @@ def test_what_is_written_is_read_back(tmp_path):
     assert prompts.read(path) == found
     assert found != sorted(found, key=lambda prompt: prompt.id)
     assert Prompt.of("other", found[0].messages).id == found[0].id
+
+
+def test_variations_have_other_numbers_and_names_and_are_held_out_together(tmp_path):
+    text = "Mary has 12 eggs and 3 hens; Mary sells 12 eggs. The year is 2021."
+    path = jsonl(tmp_path / "data.jsonl", {"prompt": text}, {"prompt": "Nothing to vary, Mary?"})
+    source = Source("jsonl", "data", path=str(path), vary=4)
+    told = with_sources(tmp_path, source)
+    found, counts = sources.collect(told)
+    assert counts["data"] == len(found) == 6
+    texts = {prompt.text: prompt.id for prompt in found}
+    assert len(set(texts.values())) == 6
+    for made in set(texts) - {text, "Nothing to vary, Mary?"}:
+        parts = re.fullmatch(
+            r"(\w+) has (\d\d) eggs and (\d) hens; (\w+) sells (\d\d) eggs\. "
+            r"The year is (\d{4})\.",
+            made,
+        )
+        assert parts is not None, made
+        assert parts[1] == parts[4] != "Mary"
+        assert parts[2] == parts[5]
+        assert texts[made][:8] == texts[text][:8]
+    assert [p.text for p in sources.collect(told)[0]] == [p.text for p in found]
+
+
+def test_names_in_a_text_stay_different():
+    for seed in range(30):
+        (made,) = vary.variations("Ann and Bob and Tom have 5 hats.", 1, str(seed))
+        assert len(set(re.findall(r"[A-Z]\w+", made))) == 3
+
+
+def test_compressed_records_and_damaged_ones(tmp_path):
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "one"}\n{"prompt": "two"}\n'))
+    assert [record["prompt"] for _, record in prompts.records(path)] == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(UsageError, match=r"data\.jsonl\.gz: cannot be read"):
+        list(prompts.records(path))
+    path.write_text('{"prompt": "one"}\n')
+    with pytest.raises(UsageError, match=r"data\.jsonl\.gz: cannot be read"):
+        list(prompts.records(path))

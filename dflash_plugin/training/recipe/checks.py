@@ -80,6 +80,8 @@ def problems(config: Config) -> Iterator[tuple[str, str]]:
     yield from _together(config)
     for source in (*config.prompts.source, *config.evaluate.source):
         yield from _source(source)
+    if any(source.vary for source in config.evaluate.source):
+        yield "evaluate", "vary is for prompts to train on, expected 0"
 
 
 def _draft(draft: Draft) -> Iterator[tuple[str, str]]:
@@ -110,3 +112,7 @@ def _source(source: Source) -> Iterator[tuple[str, str]]:
     elif not getattr(source, SOURCE_KINDS[source.kind]):
         needed = SOURCE_KINDS[source.kind]
         yield "source", f"{source.name!r} of kind {source.kind} has no {needed}"
+    if source.vary < 0:
+        yield "source", f"vary is {source.vary}, expected at least 0"
+    elif source.vary and source.kind not in ("jsonl", "hub"):
+        yield "source", f"vary is {source.vary} for {source.kind}, expected 0: it is for records"

@@ -66,6 +66,8 @@ class Source:
         name: groups results; for templates it says which.
         prompt: field of a record: a text, or a list of messages.
         count: at most so many; 0: all, of files and data sets.
+        vary: of files and data sets, so many more of each record with other numbers and names
+            in the last message.
     """
 
     kind: str
@@ -76,6 +78,7 @@ class Source:
     subset: str = ""
     split: str = "train"
     prompt: str = "prompt"
+    vary: int = 0
 
 
 @dataclass(frozen=True)

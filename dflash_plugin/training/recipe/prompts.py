@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...errors import UsageError
 
@@ -23,7 +25,10 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to the answer; ``id`` is a hash of it, ``kind`` groups results."""
+    """A conversation up to the answer; ``id`` is a hash of it, ``kind`` groups results.
+
+    The first half of a variation's id is that of the prompt it was made from.
+    """
 
     id: str
     kind: str
@@ -92,13 +97,13 @@ def read(path: Path) -> list[Prompt]:
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """JSON objects of a JSONL file, each with ``file:line``.
+    """JSON objects of a JSONL file (``.gz``: compressed), each with ``file:line``.
 
     Raises:
         UsageError: it cannot be read, or a line is not a JSON object.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -106,14 +111,23 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(record, dict):
                     raise ValueError("not an object")
                 yield f"{path}:{number}", record
-    except OSError as err:
+    except (OSError, EOFError, zlib.error) as err:  # the last two: a damaged .gz
+        reason = getattr(err, "strerror", None) or err
         raise UsageError(
-            f"{path}: cannot be read ({err.strerror})", hint="check the path in the run's file"
+            f"{path}: cannot be read ({reason})", hint="check the path in the run's file"
         ) from err
     except ValueError as err:
         raise UsageError(
             f"{path}:{number}: not a JSON object ({err})", hint="one object per line, in UTF-8"
         ) from err
+
+
+def _opened(path: Path) -> IO[str]:
+    return (
+        gzip.open(path, "rt", encoding="utf-8")
+        if path.suffix == ".gz"
+        else path.open(encoding="utf-8")
+    )
 
 
 def _lines(path: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ...errors import DownloadError, MissingDependencyError, TrainingError, Usag
 from . import library, selfmade, templates
 from .config import Config, Source
 from .prompts import Exclusions, Message, Prompt, records
+from .vary import variations
 
 
 def collect(config: Config) -> tuple[list[Prompt], dict[str, int]]:
@@ -25,14 +27,14 @@ def collect(config: Config) -> tuple[list[Prompt], dict[str, int]]:
     counts = {"duplicates": 0, "excluded": 0}
     for source in config.prompts.source:
         for messages in read_source(source, config):
-            prompt = Prompt.of(source.name, messages)
-            if prompt.id in found:
-                counts["duplicates"] += 1
-            elif exclusions.hit(prompt.text):
-                counts["excluded"] += 1
-            else:
-                found[prompt.id] = prompt
-                counts[source.name] = counts.get(source.name, 0) + 1
+            for prompt in _with_variations(source, messages, config.seed):
+                if prompt.id in found:
+                    counts["duplicates"] += 1
+                elif exclusions.hit(prompt.text):
+                    counts["excluded"] += 1
+                else:
+                    found[prompt.id] = prompt
+                    counts[source.name] = counts.get(source.name, 0) + 1
     if not found and not config.regenerate.reuse:
         raise TrainingError(
             f"no prompt is left: {counts['excluded']} are test prompts",
@@ -41,6 +43,16 @@ def collect(config: Config) -> tuple[list[Prompt], dict[str, int]]:
     mixed = sorted(found.values(), key=lambda prompt: prompt.id)
     random.Random(config.seed).shuffle(mixed)
     return mixed, counts
+
+
+def _with_variations(source: Source, messages: list[Message], seed: int) -> Iterator[Prompt]:
+    first = Prompt.of(source.name, messages)
+    yield first
+    *before, asked = messages
+    for text in variations(asked["content"], source.vary, str(seed)):
+        made = Prompt.of(source.name, [*before, {**asked, "content": text}])
+        # An id's first half decides what is held out: all of them, or none.
+        yield replace(made, id=first.id[:8] + made.id[8:])
 
 
 def read_source(source: Source, config: Config, seed: int | None = None) -> Iterator[list[Message]]:

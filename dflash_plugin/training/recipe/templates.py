@@ -22,6 +22,11 @@ def names() -> list[str]:
     return sorted(_data()["templates"])
 
 
+def words(name: str) -> set[str]:
+    """The list of that name, which slots are drawn from."""
+    return set(_data()["lists"][name])
+
+
 def prompts(name: str, count: int, seed: int) -> Iterator[str]:
     """``count`` different prompts of one kind, the same for the same seed.
 
