@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from ci_fake import wait_for  # noqa: E402
 from http_stub import Stub, server_fixture  # noqa: E402, F401
 from local_replicas import VOCAB  # noqa: E402
 from recipe_helpers import make_config, save_target  # noqa: E402
@@ -168,6 +170,15 @@ def test_a_server_that_tells_text_alone(tmp_path, target, server: Stub):
     assert {row.answer for row in run(with_server(tmp_path, target, server))} == {(5, 6, 7, 2)}
 
 
+def test_an_answer_that_breaks_off_within_a_character(tmp_path, target, server: Stub, monkeypatch):
+    told = with_server(tmp_path, target, server)
+    words = models.tokenizer(told.target)
+    monkeypatch.setattr(models, "tokenizer", lambda _: words)
+    monkeypatch.setattr(type(words), "decode", lambda *_, **__: "w5 w6 \ufffd")
+    server.parts = [completion("w5 w6 ", [5, 6, 7])]
+    assert {row.answer for row in run(told)} == {(5, 6, 7)}
+
+
 def test_a_server_of_another_model(tmp_path, target, server: Stub):
     server.parts = [completion("hello there", [5, 6, 7])]
     with pytest.raises(PairMismatchError, match="another model"):
@@ -182,11 +193,13 @@ def test_a_server_that_fails_later_keeps_what_it_said(tmp_path, target, server: 
     server.parts = [completion("w5 w6 w7", [5, 6, 7])]
     asked, _ = sources.collect(told)
     clock = Clock()
-    calls = iter([False, True])
+    told_so_far = []
 
     def over() -> bool:
-        last = next(calls)
-        if last:
+        told_so_far.append(len(server.asked))
+        if len(told_so_far) == 5:  # eight are asked, beside the first
+            wait_for(lambda: len(server.asked) == 9, "the eighth request")
+            time.sleep(0.2)
             server.status = 500
         return False
 

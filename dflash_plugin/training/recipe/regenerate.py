@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ...backends.server import ServerClient
-from ...errors import PairMismatchError, TrainingError
+from ...errors import DFlashError, PairMismatchError, TrainingError
 from ...pair import TargetConfig
 from ...reference.target import eos_token_ids
 from . import models, prompts
@@ -21,6 +22,7 @@ from .prompts import Exclusions, Prompt
 
 A = TypeVar("A")
 B = TypeVar("B")
+_AHEAD = 4  # times the requests under way: answers that wait for an earlier, longer one
 _WINDOW = 8  # batches of prompts that are sorted by length together
 
 
@@ -145,7 +147,7 @@ def _server(
         if tokens is None:  # as near as text allows; the draft is trained on any text alike
             told = tuple(tokenizer.encode(text, add_special_tokens=False))
             tokens = (*told, end) if reason == "stop" and end is not None else told
-        elif tokenizer.decode(tokens, skip_special_tokens=True).strip() != text.strip():
+        elif _whole(tokenizer.decode(tokens, skip_special_tokens=True)) != _whole(text):
             raise PairMismatchError(
                 f"{settings.url}: the tokens of {text[:40]!r} read "
                 f"{tokenizer.decode(tokens)[:40]!r} with the target's tokenizer",
@@ -154,10 +156,51 @@ def _server(
         return Answer(prompt.id, prompt.kind, ids, tokens)
 
     ask_all(ask, todo[:1])  # a wrong server is told after one request
-    for start in range(0, len(todo), settings.batch * 4):
-        if clock.over():
-            return
-        yield ask_all(ask, todo[start : start + settings.batch * 4], settings.batch)
+    told: list[Answer] = []
+    try:
+        for answer in _ask_steadily(ask, todo, settings.batch, clock):
+            told.append(answer)
+            if len(told) == settings.batch:
+                yield told
+                told = []
+    except (DFlashError, KeyboardInterrupt):
+        yield told
+        raise
+    yield told
+
+
+def _ask_steadily(
+    ask: Callable[[A], B], asked: Sequence[A], workers: int, clock: Clock
+) -> Iterator[B]:
+    """Answers in order; ``workers`` requests are under way until all are, or the time is up.
+
+    After an error none is begun, and it is raised once those under way are told.
+    """
+    waiting: deque[Future[B]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for number, prompt in enumerate(asked):
+                if number % workers == 0 and clock.over():
+                    break
+                waiting.append(pool.submit(ask, prompt))
+                if len(waiting) == workers * _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except (DFlashError, KeyboardInterrupt):
+            under_way = [future for future in waiting if not future.cancel()]
+            for future in under_way:
+                if future.exception() is None:
+                    yield future.result()
+            raise
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _whole(text: str) -> str:
+    """Without the character that an answer broke off in: a server leaves it out."""
+    return text.strip().rstrip("\ufffd").rstrip()
 
 
 def ask_all(ask: Callable[[A], B], asked: Sequence[A], workers: int = 1) -> list[B]:
