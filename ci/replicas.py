@@ -149,8 +149,7 @@ def _build_side_by_side(specs: Specs, names: Sequence[str], jobs: int, force: bo
     try:
         while waiting or running:
             for place in set(range(jobs)) - set(running):
-                busy = {folders[name] for name, _ in running.values()}
-                begun = {folder for folder in busy if not folder.exists()}
+                begun = {folders[one] for one, _ in running.values() if not folders[one].exists()}
                 name = next((name for name in waiting if folders[name] not in begun), "")
                 if not name:
                     break

@@ -123,11 +123,9 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _opened(path: Path) -> IO[str]:
-    return (
-        gzip.open(path, "rt", encoding="utf-8")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8")
-    )
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
 
 
 def _lines(path: Path) -> list[str]:

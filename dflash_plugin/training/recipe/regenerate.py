@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,10 +155,10 @@ def _server(
             )
         return Answer(prompt.id, prompt.kind, ids, tokens)
 
-    ask_all(ask, todo[:1])  # a wrong server is told after one request
+    ask(todo[0])  # a wrong server is told after one request
     told: list[Answer] = []
     try:
-        for answer in _ask_steadily(ask, todo, settings.batch, clock):
+        for answer in ask_steadily(ask, todo, settings.batch, clock):
             told.append(answer)
             if len(told) == settings.batch:
                 yield told
@@ -169,7 +169,7 @@ def _server(
     yield told
 
 
-def _ask_steadily(
+def ask_steadily(
     ask: Callable[[A], B], asked: Sequence[A], workers: int, clock: Clock
 ) -> Iterator[B]:
     """Answers in order; ``workers`` requests are under way until all are, or the time is up.
@@ -188,8 +188,7 @@ def _ask_steadily(
             while waiting:
                 yield waiting.popleft().result()
         except (DFlashError, KeyboardInterrupt):
-            under_way = [future for future in waiting if not future.cancel()]
-            for future in under_way:
+            for future in [future for future in waiting if not future.cancel()]:
                 if future.exception() is None:
                     yield future.result()
             raise
@@ -201,20 +200,6 @@ def _ask_steadily(
 def _whole(text: str) -> str:
     """Without the character that an answer broke off in: a server leaves it out."""
     return text.strip().rstrip("\ufffd").rstrip()
-
-
-def ask_all(ask: Callable[[A], B], asked: Sequence[A], workers: int = 1) -> list[B]:
-    """Many requests at once; the first error ends them."""
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(ask, prompt) for prompt in asked]
-        try:
-            for future in as_completed(futures):
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-        return [future.result() for future in futures]
 
 
 def _batches(

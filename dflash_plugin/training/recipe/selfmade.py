@@ -17,7 +17,7 @@ from . import answers, models
 from .answers import Answer, AnswerFile
 from .clock import Clock
 from .config import Config
-from .regenerate import ask_all
+from .regenerate import ask_steadily
 
 TEMPERATURE = 0.85
 LONGEST = 100  # tokens
@@ -54,7 +54,8 @@ def prompts(config: Config, count: int) -> Iterator[str]:
             for start in range(0, max(0, missing) * _ASKED_PER_PROMPT, settings.batch):
                 if len(file.known) >= count:
                     break
-                texts = ask_all(ask, range(start, start + settings.batch), settings.batch)
+                numbers = range(start, start + settings.batch)
+                texts = ask_steadily(ask, numbers, settings.batch, Clock())
                 made = sorted({text for text in texts if text})
                 file.add([_kept(text, given, tokenizer) for text in made])
                 told(len(file.known))

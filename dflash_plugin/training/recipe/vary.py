@@ -18,16 +18,18 @@ _WORD = re.compile(r"\b[A-Z]\w+\b")
 
 
 def variations(text: str, count: int, seed: str) -> Iterator[str]:
-    """Up to ``count`` texts like this one, none of them equal to it; fewer if it has no numbers.
+    """Up to ``count`` texts like this one, none of them equal to it; none if it has no numbers.
 
     A number becomes another of as many digits, a first name another first name; what is equal
     in the text stays equal. Dates and measures may become odd ones: the answer is the target's.
     """
+    if not _NUMBER.search(text):
+        return
     chance = random.Random(f"{seed} {text}")
     seen = {text}
     for _ in range(count):
         made = _vary(text, chance)
-        if made not in seen and _NUMBER.search(text):
+        if made not in seen:
             seen.add(made)
             yield made
 
