@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(work.plan()))
         return 0
+    _recipe("memory").keep_pages()
     work.run(args.stage or config.STAGES)
     if args.upload:
         print(_recipe("publish").upload(told.out / "draft", args.upload))

@@ -21,7 +21,7 @@ from recipe_helpers import (  # noqa: E402
 )
 
 from dflash_plugin.errors import CacheError, CheckpointError, TrainingError  # noqa: E402
-from dflash_plugin.training.recipe import store, tensors  # noqa: E402
+from dflash_plugin.training.recipe import objective, store, tensors  # noqa: E402
 from dflash_plugin.training.recipe.clock import Clock  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -40,7 +40,7 @@ def build(told, key: str = "key"):
 
 
 def test_stored_is_computed(tmp_path, target):
-    told = make_config(tmp_path, target, features="teacher = 3")
+    told = make_config(tmp_path, target, features="teacher = true")
     computed, folder, facts = build(told)
     texts = computed.texts
     assert facts["texts"] == 24 and facts["shards"] == 5
@@ -48,26 +48,27 @@ def test_stored_is_computed(tmp_path, target):
     for indices in ([0], [7, 3, 20], texts.heldout):
         one, other = stored.get(indices), computed.get(indices)
         assert torch.equal(one.batch.ids, other.batch.ids)
-        assert one.teacher is not None and other.teacher is not None
+        assert one.last is not None and other.last is not None
         for row, end in enumerate(one.batch.ends.tolist()):
             exact = other.taps[row, :end]
             torch.testing.assert_close(one.taps[row, :end].float(), exact, rtol=1e-2, atol=1e-2)
-            assert torch.equal(one.teacher.ids[row, 1:end], other.teacher.ids[row, 1:end])
+            exact = other.last[row, :end]
+            torch.testing.assert_close(one.last[row, :end].float(), exact, rtol=1e-2, atol=1e-2)
             assert not one.taps[row, end:].any()
     torch.testing.assert_close(stored.scale().shape, computed.scale().shape)
 
 
-def test_the_teacher_is_about_the_token_at_its_position(tmp_path, target):
-    told = make_config(tmp_path, target, features="teacher = 1")
+def test_the_teacher_says_what_the_target_says(tmp_path, target):
+    told = make_config(tmp_path, target, features="teacher = true")
     source, loaded = source_of(told)
     found = source.get([2])
-    ids = found.batch.ids
     with torch.no_grad():
-        logits = loaded.model(input_ids=ids).logits[0]
-    assert found.teacher is not None
-    assert torch.equal(found.teacher.ids[0, 1:, 0], logits[:-1].argmax(-1))
-    best = logits.log_softmax(-1).max(-1).values
-    torch.testing.assert_close(found.teacher.logprobs[0, 1:, 0], best[:-1])
+        logits = loaded.model(input_ids=found.batch.ids).logits[0]
+    assert found.last is not None
+    anchors = torch.tensor([[3, 6]])
+    said = objective.teacher_at(found.last, anchors, 4) @ loaded.head.T
+    for block, anchor in enumerate([3, 6]):  # a label is said by the token before it
+        torch.testing.assert_close(said[0, block], logits[anchor : anchor + 3])
 
 
 def test_what_is_there_is_kept_and_what_is_damaged_is_made_again(tmp_path, target, capsys):

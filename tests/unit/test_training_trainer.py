@@ -36,7 +36,6 @@ from dflash_plugin.training.fit import NO_LABEL, block_loss  # noqa: E402
 from dflash_plugin.training.recipe import curve, models, objective, tensors  # noqa: E402
 from dflash_plugin.training.recipe.clock import Clock  # noqa: E402
 from dflash_plugin.training.recipe.simulate import simulate  # noqa: E402
-from dflash_plugin.training.recipe.store import Teacher  # noqa: E402
 from dflash_plugin.training.recipe.trainer import CHECKPOINT, batches  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -69,7 +68,7 @@ def stop_after(trainer, step: int) -> None:
     ("precision", "optimizer"), [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")]
 )
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, target, precision, optimizer):
-    told = make_config(tmp_path, target, features="teacher = 2", fit="distill = 0.3")
+    told = make_config(tmp_path, target, features="teacher = true", fit="distill = 0.3")
     told = replace(told, fit=replace(told.fit, precision=precision, optimizer=optimizer))
     whole = make_trainer(told, "whole")
     whole.run()
@@ -350,11 +349,20 @@ def test_the_loss_is_the_cores_and_the_teachers():
     wanted[0, 1, 2:] = NO_LABEL
     total, weight = objective.weighted_loss(logits, wanted, 4.0, None, 0.0)
     torch.testing.assert_close(total / weight, block_loss(logits, wanted, 4.0))
-    sure = torch.full((*wanted.shape, 2), -50.0)
-    sure[..., 0] = 0.0
-    ids = torch.stack([wanted.clamp_min(0), torch.zeros_like(wanted)], -1)
-    soft, same = objective.weighted_loss(logits, wanted, 4.0, Teacher(ids, sure), 0.7)
+    sure = torch.nn.functional.one_hot(wanted.clamp_min(0), 11) * 80.0
+    soft, same = objective.weighted_loss(logits, wanted, 4.0, sure, 0.7)
     torch.testing.assert_close((soft, same), (total, weight))
+    itself, _ = objective.weighted_loss(logits, wanted, 4.0, logits, 1.0)
+    chances = logits.softmax(-1)
+    entropy = -(chances * chances.log()).sum(-1) * (wanted != NO_LABEL)
+    weights = torch.exp(-torch.arange(4) / 4.0)
+    torch.testing.assert_close(itself, (entropy * weights).sum())
+
+
+def test_a_capped_target_teaches_capped_logits():
+    logits = torch.tensor([-90.0, 0.0, 90.0])
+    assert objective.capped(logits, None) is logits
+    torch.testing.assert_close(objective.capped(logits, 30.0), 30.0 * torch.tanh(logits / 30.0))
 
 
 def test_anchors_are_spread_over_the_answer():

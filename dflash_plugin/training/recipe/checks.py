@@ -32,7 +32,6 @@ _AT_LEAST = (
     ("features", "shard", 1),
     ("features", "batch", 1),
     ("features", "max_length", 4),
-    ("features", "teacher", 0),
     ("fit", "batch", 1),
     ("fit", "anchors", 1),
     ("fit", "head_rows", 0),
@@ -94,7 +93,7 @@ def _draft(draft: Draft) -> Iterator[tuple[str, str]]:
 
 def _together(config: Config) -> Iterator[tuple[str, str]]:
     if config.fit.distill and not config.features.teacher:
-        yield "fit", "distill needs features.teacher: the target's likeliest tokens per position"
+        yield "fit", "distill needs features.teacher = true"
     if config.regenerate.how == "server" and not config.regenerate.model:
         yield "regenerate", "model is missing: the name the server has the target by"
     if bool(config.evaluate.url) != bool(config.evaluate.model):

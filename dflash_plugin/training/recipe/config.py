@@ -122,14 +122,14 @@ class Features:
         how: ``stored`` once in shards, or computed ``on-the-fly`` at every step.
         shard: texts per file.
         max_length: longer texts are cut, in tokens.
-        teacher: so many of the target's likeliest tokens are kept per position, for distillation.
+        teacher: keep what the target's head is applied to as well, for distillation.
     """
 
     how: str = "stored"
     shard: int = 256
     batch: int = _operational(8)
     max_length: int = 1024
-    teacher: int = 0
+    teacher: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..fit import NO_LABEL, Batch
-from .store import Teacher
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Rows:
 def choose_rows(
     wanted: Tensor, common: Tensor, negatives: int, vocab_size: int, generator: torch.Generator
 ) -> Rows:
-    """The rows for these labels (and a teacher's tokens): those, ``common``, and random ones."""
+    """The rows for these labels: those, ``common``, and random ones."""
     sure = torch.cat([wanted[wanted != NO_LABEL].flatten(), common]).unique()
     is_sure = torch.zeros(vocab_size, dtype=torch.bool)
     is_sure[sure] = True
@@ -58,34 +57,36 @@ def spread_anchors(batch: Batch, count: int, generator: torch.Generator) -> Tens
     return batch.starts[:, None] + (part * room[:, None]).long().minimum(room[:, None] - 1)
 
 
-def teacher_at(teacher: Teacher, anchors: Tensor, size: int) -> Teacher:
-    """The teacher's tokens for each label: [texts, anchors, size - 1, n]."""
-    length, n = teacher.ids.shape[1:]
-    places = (anchors[..., None] + torch.arange(1, size)).clamp_max(length - 1).flatten(1)
-    index = places[..., None].expand(-1, -1, n)
-    shape = (*anchors.shape, size - 1, n)
-    return Teacher(
-        teacher.ids.gather(1, index).view(shape), teacher.logprobs.gather(1, index).view(shape)
-    )
+def teacher_at(last: Tensor, anchors: Tensor, size: int) -> Tensor:
+    """What the target predicts each label from: [texts, anchors, size - 1, hidden]."""
+    length, hidden = last.shape[1:]
+    before = torch.arange(size - 1, device=anchors.device)
+    places = (anchors[..., None] + before).clamp_max(length - 1).flatten(1)
+    found = last.gather(1, places[..., None].expand(-1, -1, hidden))
+    return found.view(*anchors.shape, size - 1, hidden)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits as a target with ``final_logit_softcapping`` has them."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def weighted_loss(
-    logits: Tensor, places: Tensor, decay: float, soft: Teacher | None, distill: float
+    logits: Tensor, places: Tensor, decay: float, teacher: Tensor | None, distill: float
 ) -> tuple[Tensor, Tensor]:
     """Sum of the weighted losses, and the sum of the weights.
 
     Args:
         logits: [texts, anchors, size - 1, rows].
         places: [texts, anchors, size - 1], the labels' places among the rows.
-        soft: the teacher, its ids as places; its probabilities are scaled to sum to 1.
-        distill: its share of the loss.
+        teacher: the target's logits over the same rows.
+        distill: the teacher's share of the loss.
     """
     logs = logits.float().log_softmax(-1)
     there = places != NO_LABEL
     loss = -logs.gather(-1, places.clamp_min(0)[..., None])[..., 0]
-    if soft is not None and distill:
-        chances = soft.logprobs.softmax(-1)
-        from_teacher = -(chances * logs.gather(-1, soft.ids)).sum(-1)
+    if teacher is not None and distill:
+        from_teacher = -(teacher.float().softmax(-1) * logs).sum(-1)
         loss = (1 - distill) * loss + distill * from_teacher
     size = torch.arange(places.shape[-1], device=places.device)
     weights = torch.exp(-size / decay) * there

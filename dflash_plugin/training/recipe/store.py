@@ -1,8 +1,8 @@
 """Stage 3: the target's hidden states along its answers, in shards or made as they are needed.
 
 A shard holds the texts one after the other: ``taps`` [tokens, taps * hidden] and, where a
-teacher is asked for, the target's likeliest tokens AT each position with their log
-probabilities. Token ids stay in ``answers.jsonl``. A shard knows which texts it is made of,
+teacher is asked for, ``last`` [tokens, hidden], which the target's head makes its logits of.
+Token ids stay in ``answers.jsonl``. A shard knows which texts it is made of,
 so what is there is kept, and what is damaged or outdated is made again.
 """
 
@@ -35,20 +35,17 @@ _SPARE = 1 << 28  # bytes left free on the disk
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The target's likeliest tokens at each position [texts, length, n], in nats."""
-
-    ids: Tensor
-    logprobs: Tensor
-
-
-@dataclass(frozen=True)
 class Features:
-    """A batch of texts with their taps [texts, length, taps * hidden]."""
+    """A batch of texts.
+
+    Attributes:
+        taps: [texts, length, taps * hidden].
+        last: [texts, length, hidden], what the target's head is applied to; for a teacher.
+    """
 
     batch: Batch
     taps: Tensor
-    teacher: Teacher | None
+    last: Tensor | None
 
 
 class Texts:
@@ -139,7 +136,7 @@ class Texts:
 class Computed:
     """Features made as they are needed."""
 
-    def __init__(self, texts: Texts, target: HFTarget, teacher: int) -> None:
+    def __init__(self, texts: Texts, target: HFTarget, teacher: bool) -> None:
         self.texts, self._target, self._teacher = texts, target, teacher
 
     def get(self, indices: Sequence[int]) -> Features:
@@ -175,18 +172,13 @@ class Stored:
             for index in shard:
                 self._places.append((number, start))
                 start += texts.length(index)
-        self._with_teacher = config.features.teacher > 0
+        self._teacher = config.features.teacher
 
     def get(self, indices: Sequence[int]) -> Features:
         """Of these texts."""
         batch = self.texts.batch(indices)
-        teacher = None
-        if self._with_teacher:
-            teacher = Teacher(
-                self._read("teacher_ids", indices, batch).long(),
-                self._read("teacher_logprobs", indices, batch).float(),
-            )
-        return Features(batch, self._read("taps", indices, batch), teacher)
+        last = self._read("last", indices, batch) if self._teacher else None
+        return Features(batch, self._read("taps", indices, batch), last)
 
     def scale(self) -> Tensor:
         """The size of each channel, as measured when the shards were made."""
@@ -228,9 +220,9 @@ def build(
     if not missing:
         return facts
     target = load()
-    width = len(target.taps) * target.embedding.shape[1]
+    width = (len(target.taps) + config.features.teacher) * target.embedding.shape[1]
     share = len(missing) / len(shards)
-    _check_space(folder, int(share * tokens * (2 * width + 6 * config.features.teacher)))
+    _check_space(folder, int(share * tokens * 2 * width))
     with clock.progress("shard", len(shards), len(shards) - len(missing)) as told:
         for done, number in enumerate(missing, 1):
             made = _make(config, texts, shards[number], target)
@@ -245,28 +237,17 @@ def build(
 
 
 @torch.no_grad()
-def compute(target: HFTarget, ids: Tensor, teacher: int) -> tuple[Tensor, Teacher | None]:
-    """Taps of a batch [texts, length, taps * hidden], and the teacher where asked for.
+def compute(target: HFTarget, ids: Tensor, teacher: bool) -> tuple[Tensor, Tensor | None]:
+    """Taps of a batch [texts, length, taps * hidden]; ``last`` where a teacher is asked for.
 
     Texts are padded on the right, if at all: a causal target computes a token from those
-    before it. The head is applied only for the teacher.
+    before it. The head is not applied.
     """
     ids = ids.to(target.embedding.device)
     with target.captured() as captured:
         output = target.model.get_decoder()(input_ids=ids, use_cache=False)
     taps = torch.cat([captured[tap] for tap in target.taps], dim=-1)
-    if not teacher:
-        return taps, None
-    cap = getattr(target.config, "final_logit_softcapping", None)
-    kept_ids, kept = [], []
-    for row in output.last_hidden_state:  # one text at a time: [length, vocab] is large
-        logits = (row @ target.head.T).float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        values, places = logits.log_softmax(-1).topk(teacher)
-        # What the logits after a token say is about the next position.
-        kept.append(torch.cat([values[:1], values[:-1]]))
-        kept_ids.append(torch.cat([places[:1], places[:-1]]))
-    return taps, Teacher(torch.stack(kept_ids), torch.stack(kept))
+    return taps, output.last_hidden_state if teacher else None
 
 
 def _make(config: Config, texts: Texts, shard: range, target: HFTarget) -> dict[str, Tensor]:
@@ -275,12 +256,11 @@ def _make(config: Config, texts: Texts, shard: range, target: HFTarget) -> dict[
     for start in range(0, len(shard), config.features.batch):
         some = by_length[start : start + config.features.batch]
         batch = texts.batch(some)
-        taps, teacher = compute(target, batch.ids, config.features.teacher)
+        taps, last = compute(target, batch.ids, config.features.teacher)
         for i, (index, end) in enumerate(zip(some, batch.ends.tolist(), strict=True)):
             part = {"taps": taps[i, :end].to("cpu", torch.bfloat16)}
-            if teacher is not None:
-                part["teacher_ids"] = teacher.ids[i, :end].to("cpu", torch.int32)
-                part["teacher_logprobs"] = teacher.logprobs[i, :end].to("cpu", torch.bfloat16)
+            if last is not None:
+                part["last"] = last[i, :end].to("cpu", torch.bfloat16)
             parts[index] = part
     ordered = [parts[index] for index in shard]
     made = {name: torch.cat([part[name] for part in ordered]) for name in ordered[0]}

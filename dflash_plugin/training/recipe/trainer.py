@@ -30,11 +30,11 @@ from ..fit import Recipe, labels, schedule
 from . import curve, tensors
 from .clock import Clock
 from .config import Config, Fit
-from .objective import choose_rows, spread_anchors, teacher_at, weighted_loss
+from .objective import capped, choose_rows, spread_anchors, teacher_at, weighted_loss
 from .optimizer import Optimizer
 from .parallel import World
 from .simulate import simulate
-from .store import Features, Teacher, Texts
+from .store import Features, Texts
 
 CHECKPOINT = "checkpoint.safetensors"
 _WARM, _TIMED = 3, 12  # steps: before, and until, a step's time is believed
@@ -212,35 +212,31 @@ class Trainer:
 
     def _forward(
         self, found: Features, anchors: Tensor, wanted: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Teacher | None]:
-        """Logits over the chosen rows, the labels' places among them, and the teacher's."""
-        fit, device = self.config.fit, self.world.device
-        soft, tokens = None, wanted
-        if fit.distill and found.teacher is not None:
-            cpu = Teacher(found.teacher.ids.cpu(), found.teacher.logprobs.cpu())
-            soft = teacher_at(cpu, anchors, self.draft.config.block_size)
-            tokens = torch.cat([wanted.flatten(), soft.ids.flatten()])
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits over the chosen rows, the labels' places among them, and the teacher's logits."""
+        fit, config, device = self.config.fit, self.draft.config, self.world.device
         correction = None
         places = wanted
         head = self.head
         if fit.head_rows:
-            rows = choose_rows(tokens, self.common, fit.negatives, len(self.head), generator)
+            rows = choose_rows(wanted, self.common, fit.negatives, len(self.head), generator)
             places, correction = rows.places(wanted), rows.correction.to(device)
             head = self.head[rows.ids.to(device)]
-            if soft is not None:
-                soft = Teacher(rows.places(soft.ids), soft.logprobs)
         taps = found.taps.to(device)
         ids = found.batch.ids.to(device)
+        soft = None
         self.draft._head = head
         try:
             with self._precision():
                 logits = self.model(taps, ids, anchors.to(device))
+                if fit.distill and found.last is not None:
+                    seen = teacher_at(found.last.to(device), anchors.to(device), config.block_size)
+                    soft = capped(seen.to(head.dtype) @ head.T, config.final_logit_softcapping)
         finally:
             self.draft._head = self.head
         if correction is not None:
             logits = logits + correction
-        if soft is not None:
-            soft = Teacher(soft.ids.to(device), soft.logprobs.to(device))
+            soft = None if soft is None else soft + correction
         return logits, places.to(device), soft
 
     def _precision(self) -> Any:
