@@ -1,4 +1,4 @@
-"""``python -m ci local``: every replica on the reference and on our local back-ends.
+"""``python -m ci local``: every replica, and the demo pair, on reference and local back-ends.
 
 One process per pair and back-end holds the models (``ci/workers/local_replica.py``); the
 rules are those of cells: lossless against the framework's own plain decoding in float32,
@@ -15,16 +15,16 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dflash_plugin import matrix
+from dflash_plugin import demo, matrix
 from dflash_plugin.acceptance import AcceptanceStats
 from dflash_plugin.errors import ReplayError, UnknownCellError, VerdictFailedError, near_names
-from dflash_plugin.matrix import Expected
+from dflash_plugin.matrix import Expected, Pair
 
 from . import environment, judge, prompts, replay, replica_specs, replicas
 from .environment import Environment
@@ -39,6 +39,8 @@ BACKENDS = ("reference", "transformers", "mlx")
 PREFIX = "replica-prefix"
 """The kind of the texts that begin as the one before them did."""
 _WORKER = ROOT / "ci" / "workers" / "local_replica.py"
+DEMO = next(row.id for row in matrix.load().pairs.values() if row.embedded)
+"""The packaged pair: it is asked the packaged prompts, where replicas have their own."""
 _SHARED = (64, 75)
 """Tokens of a prefix: whole blocks of 16, and the middle of one."""
 
@@ -56,6 +58,7 @@ class LocalResult:
     al: float | None = None
     al_reference: float | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -65,8 +68,9 @@ class LocalResult:
         status, reason = overall(verdicts)
         evidence = verdicts["faithful"].evidence
         return cls(
-            name, status, reason, **verdicts, al=evidence.get("al"),
-            al_reference=evidence.get("al_reference"), versions=versions,
+            name, status, reason,
+            lossless=verdicts["lossless"], faithful=verdicts["faithful"], taps=verdicts["taps"],
+            al=evidence.get("al"), al_reference=evidence.get("al_reference"), versions=versions,
         )  # fmt: skip
 
     @classmethod
@@ -106,7 +110,7 @@ class Text:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of the command ``local``."""
-    parser.add_argument("ids", nargs="*", metavar="REPLICA", help="none: all of them")
+    parser.add_argument("ids", nargs="*", metavar="PAIR", help=f"replicas, or {DEMO}; none: all")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="may be repeated")
     parser.add_argument("--count", type=int, default=12, metavar="N", help="of the prompts")
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N")
@@ -120,10 +124,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run, print a line each, and with ``--save`` keep them."""
     specs = replica_specs.load()
+    names = [DEMO if name == DEMO else specs.pair(name).id for name in args.ids or all_pairs()]
     failed = []
-    for name in dict.fromkeys(specs.pair(name).id for name in args.ids or specs.pairs):
+    for name in dict.fromkeys(names):
         found = run_replica(
-            replicas.ensure(name),
+            demo_pair() if name == DEMO else replicas.ensure(name),
             list(dict.fromkeys(args.backend or BACKENDS)),
             args.count,
             args.max_tokens,
@@ -142,18 +147,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def all_pairs() -> tuple[str, ...]:
+    """Every replica, and the demo pair."""
+    return (*replica_specs.load().pairs, DEMO)
+
+
+def demo_pair() -> Replica:
+    """The demo pair, in the form of a replica."""
+    found = demo.demo_pair()
+    return Replica(DEMO, found.target, found.draft, {})
+
+
 def run_replica(
     replica: Replica, backends: Sequence[str], count: int, max_tokens: int, mlx_python: Path
 ) -> dict[str, LocalResult]:
     """The three verdicts of one pair on each of the back-ends."""
     reference = environment.ensure_reference()
-    wanted = texts(count)
     runs: dict[str, tuple[dict[str, Any], Verdict, Mapping[str, str]]] = {}
     found: dict[str, LocalResult] = {}
     with ExitStack() as stack:
         torch = stack.enter_context(started(replica, "torch", reference.python))
         if error := torch.ask(op="load", backend="reference")["error"]:
             raise ReplayError(f"{replica.id}: the reference does not load it: {error}")
+        wanted = chat_texts(torch, count) if replica.id == DEMO else texts(count)
         plain = plain_texts(torch, wanted, max_tokens)
         for backend in backends:
             side = torch
@@ -223,6 +239,12 @@ def texts(count: int) -> list[Text]:
     return found
 
 
+def chat_texts(side: Side, count: int) -> list[Text]:
+    """``count`` of the packaged prompts, in the target's chat template."""
+    chosen = prompts.spread(prompts.load(), count)
+    return [Text(p.id, p.kind, tuple(side.ask(op="chat", text=p.text)["ids"])) for p in chosen]
+
+
 def plain_texts(side: Side, wanted: Sequence[Text], max_tokens: int) -> list[list[int]]:
     """The framework's own greedy texts."""
     found: list[list[int]] = []
@@ -290,7 +312,7 @@ def replay_all(
         {"id": name, "prompt": prompt, "generated": generated}
         for (prompt, generated), name in names.items()
     ]
-    k = replica_specs.load().pair(replica.id).draft["block_size"] - 1
+    k = _row(replica.id).num_speculative_tokens
     document = replay.replay(reference, replica.target, replica.draft, k, given)
     found = {entry["id"]: entry for entry in document["sequences"]}
     documents = []
@@ -313,25 +335,31 @@ def compared_taps(side: Side, torch: Side, ids: Sequence[int]) -> Verdict:
 
 
 def expected(name: str, count: int) -> tuple[Expected, ...]:
-    """The acceptance lengths a replica is known for; they are of all of its prompts."""
-    row = next(pair for pair in matrix.load().pairs.values() if pair.replica == name)
-    return row.expected if count >= len(prompts.of_replicas()) else ()
+    """The acceptance lengths a pair is known for; a replica's are of all of its prompts."""
+    return _row(name).expected if name == DEMO or count >= len(prompts.of_replicas()) else ()
+
+
+def _row(name: str) -> Pair:
+    return next(row for row in matrix.load().pairs.values() if name in (row.replica, row.id))
 
 
 def save(backend: str, result: LocalResult, count: int, max_tokens: int) -> None:
-    """Put a result into the back-end's file, in place of the replica's last one."""
-    kept = {r.replica: r for r in saved(backend)} | {result.replica: result}
-    order = [name for name in replica_specs.load().pairs if name in kept]
+    """Put a result into the back-end's file, in place of the pair's last one."""
+    asked, name = prompts.of_replicas(), "replica"
+    if result.replica == DEMO:
+        asked, name = prompts.load(), "packaged"
+    settings = {
+        "prompts": count,
+        "prompt_set": f"{name}@{prompts.digest(asked)}",
+        "max_tokens": max_tokens,
+        "dtype": "float32",
+    }
+    new = replace(result, settings=settings)
+    kept = {r.replica: r for r in saved(backend)} | {result.replica: new}
     document = {
         "backend": backend,
-        "settings": {
-            "prompts": count,
-            "prompt_set": f"replica@{prompts.digest(prompts.of_replicas())}",
-            "max_tokens": max_tokens,
-            "dtype": "float32",
-        },
         "machine": {"processor": platform.machine(), "cores": os.cpu_count()},
-        "results": [asdict(kept[name]) for name in order],
+        "results": [asdict(kept[name]) for name in all_pairs() if name in kept],
     }
     save_json(_path(backend), document)
 

@@ -30,21 +30,24 @@ def lines(matrix: Matrix, results: Sequence[CellResult]) -> list[str]:
     }
     notes: dict[str, str] = {}
     table = []
-    for name in specs.pairs:
+    for name in local_runs.all_pairs():
         cells = [_local(local[backend].get(name), notes) for backend in local_runs.BACKENDS]
         cells += [_engine(engine, name, matrix, results, notes) for engine in _ENGINES]
-        pairs = ", ".join(f"`{pair}`" for pair in stands[name]) or "–"
-        kept = ", ".join(replica_traits.of_replica(specs.pair(name)))
+        pairs, kept = "itself, whole", "–"
+        if name != local_runs.DEMO:
+            pairs = ", ".join(f"`{pair}`" for pair in stands[name]) or "–"
+            kept = ", ".join(replica_traits.of_replica(specs.pair(name)))
         table.append(f"| `{name}` | {pairs} | {kept} | " + " | ".join(cells) + " |")
     titles = [*_NAMES.values(), *(f"{name}, newest" for name in _ENGINES.values())]
     return [
         "## Verdicts of the replicas",
         "",
         "A pair's replica is of its family and keeps every trait it is known to have; pairs whose",
-        "traits coincide share one. “passed” is lossless, faithful block by block, and, on the",
-        "first three, taps equal to Transformers' hidden states; the number is the acceptance",
-        "length. `python -m ci local --save` makes the first three columns",
-        "(`docs/results/local/`), the newest release with a CPU build and the plugin the others.",
+        "traits coincide share one. The demo pair is run itself. “passed” is lossless, faithful",
+        "block by block, and, on the first three, taps equal to Transformers' hidden states; the",
+        "number is the acceptance length. `python -m ci local --save` makes the first three",
+        "columns (`docs/results/local/`), the newest release with a CPU build and the plugin the",
+        "others.",
         "",
         f"| replica | stands for | traits | {' | '.join(titles)} |",
         "|---|---|---|" + "---|" * len(titles),
@@ -67,7 +70,8 @@ def _engine(
     cells: dict[str, Cell] = {
         cell.id: cell
         for cell in matrix.cells
-        if (cell.engine.name, cell.platform, cell.pair.replica) == (engine, "cpu", name)
+        if (cell.engine.name, cell.platform) == (engine, "cpu")
+        and name in (cell.pair.replica, cell.pair.id)
         and cell.variant.plugin
     }
     found = [result for result in results if result.id in cells]

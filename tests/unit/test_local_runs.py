@@ -23,10 +23,10 @@ K = 7
 # Greedy: each token is the one before it plus 1; a block is right for its first two.
 WORKER = """
 import json, sys
-fault = None
+fault, size = None, 7
 print(json.dumps({"versions": {"torch": "2"}}), flush=True)
 def draft(known):
-    block = [known + 1, known + 2] + [0] * 5
+    block = [known + 1, known + 2] + [0] * (size - 2)
     return block[:1] + [9] + block[2:] if fault == "wrong-mask-id" else block
 for line in sys.stdin:
     given = json.loads(line)
@@ -34,6 +34,8 @@ for line in sys.stdin:
     if op == "load":
         lost = given["backend"] == "mlx"
         answer = {"error": "ValueError: not this model" if lost else None}
+    elif op == "chat":
+        size, answer = 4, {"ids": [len(given["text"])] * 3}
     elif op == "plain":
         answer = {"tokens": [ids[-1] + 1 + i for i in range(given["max_tokens"])]}
     elif op == "generate":
@@ -103,8 +105,30 @@ def test_verdicts_are_given_and_kept(scripted, capsys):
     assert (kept.status, kept.al, kept.al_reference) == (PASSED, 3.0, 3.0)
     assert kept.lossless.evidence["float32"]["prompts"] == len(local_runs.texts(3))
     document = json.loads((scripted / "results" / "transformers.json").read_text())
-    assert document["settings"]["max_tokens"] == 9
+    assert document["results"][0]["settings"]["max_tokens"] == 9
     assert local_runs.saved("mlx")[0].status == NOT_RUN
+
+
+def test_the_demo_pair_is_asked_the_packaged_prompts(scripted, monkeypatch):
+    known = []
+    pair = Replica(local_runs.DEMO, scripted / "target", scripted / "draft", {})
+    monkeypatch.setattr(local_runs, "demo_pair", lambda: pair)
+    monkeypatch.setattr(local_runs, "expected", lambda *given: known.append(given) or ())
+    assert ci_main.main(["local", PAIR, "--count", "3", "--max-tokens", "9", "--save"]) == 0
+    words = ["local", local_runs.DEMO, "--count", "2", "--max-tokens", "9", "--save"]
+    assert ci_main.main([*words, "--backend", "transformers"]) == 0
+    before, kept = local_runs.saved("transformers")
+    assert (before.replica, kept.replica) == (PAIR, local_runs.DEMO)
+    assert before.settings["prompt_set"] != kept.settings["prompt_set"]
+    assert kept.settings["prompts"] == kept.lossless.evidence["float32"]["prompts"] == 2
+    assert kept.faithful.evidence["blocks"]["equal"] > 0
+    assert known[-1] == (local_runs.DEMO, 2)
+
+
+def test_what_a_pair_is_known_for():
+    rows = local_runs.expected(local_runs.DEMO, 1)
+    assert {row.prompts for row in rows} >= {"maths", "gsm8k-test-200"}
+    assert local_runs.expected(PAIR, 1) == ()
 
 
 def test_an_unknown_replica_or_backend(scripted, capsys):
