@@ -134,4 +134,6 @@ def test_the_draft_for_qwen3_8b_is_the_published_one(tmp_path):
             assert getattr(ours, one.name) == getattr(published, one.name), one.name
     assert ours.rope["rope_theta"] == published.rope["rope_theta"]
     assert models.describe(ours)["parameters"] == 1_048_626_432
+    taps = [models.describe(ours, teacher)["feature_bytes_per_token"] for teacher in (False, True)]
+    assert taps == [2 * 5 * 4096, 2 * 6 * 4096]
     assert ours.target_layer_ids == models.default_taps(36)

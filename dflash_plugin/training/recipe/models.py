@@ -212,9 +212,10 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def describe(shape: DraftConfig) -> dict[str, Any]:
-    """Facts of a draft that a person checks before training it."""
+def describe(shape: DraftConfig, teacher: bool = False) -> dict[str, Any]:
+    """Facts of a draft that a person checks before training it, with or without a teacher."""
     parameters = sum(math.prod(dims) for dims in shape.tensor_shapes().values())
+    stored = len(shape.target_layer_ids) + teacher
     return {
         "parameters": parameters,
         "layers": [
@@ -223,7 +224,7 @@ def describe(shape: DraftConfig) -> dict[str, Any]:
         "taps": list(shape.target_layer_ids),
         "block_size": shape.block_size,
         "mask_token_id": shape.mask_token_id,
-        "feature_bytes_per_token": 2 * len(shape.target_layer_ids) * shape.target_hidden_size,
+        "feature_bytes_per_token": 2 * stored * shape.target_hidden_size,
     }
 
 

@@ -80,8 +80,8 @@ def model_card(
     }
     lines += [
         "## Acceptance length", "",
-        "Mean tokens per target verify, the target's own token included; "
-        f"K = {results.get('k')}, greedy, {results.get('dtype')}.", "",
+        "Mean tokens per target verify, the target's own token included"
+        + (f"; K = {results['k']}, greedy, {results['dtype']}." if results else "."), "",
         "| measured on | prompts | AL | accepted at position 1, 2, … |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, title in titles.items():

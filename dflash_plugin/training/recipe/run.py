@@ -82,7 +82,7 @@ class Run:
         try:
             folder = models.target_folder(self.config.target, weights=False)
             shape = models.draft_config(self.config, folder)
-            facts = models.describe(shape)
+            facts = models.describe(shape, self.config.features.teacher)
             lines.append(f"draft: {json.dumps(facts)}")
         except DFlashError as err:
             if self.config.target.model == "demo" or Path(self.config.target.model).is_dir():
