@@ -179,11 +179,12 @@ class Run:
         else:
             source = store.Computed(texts, target, self.config.features.teacher)
         draft = models.new_draft(self.config, shape, target, source.scale())
+        cap = getattr(target.config, "final_logit_softcapping", None)
         if self.config.features.how == "stored":
             del target
         trainer = Trainer(
             self.config, draft, source, folder, f"{self._key('fit')}-{texts.digest()}",
-            clock=clock, world=self.world,
+            clock=clock, world=self.world, cap=cap,
         )  # fmt: skip
         state = trainer.run()
         if trainer.world.first:

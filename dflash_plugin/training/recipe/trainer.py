@@ -69,7 +69,11 @@ class State:
 
 
 class Trainer:
-    """A draft, its optimizer and its averaged weights."""
+    """A draft, its optimizer and its averaged weights.
+
+    Args:
+        cap: the target's ``final_logit_softcapping``, for the logits of a teacher.
+    """
 
     def __init__(
         self,
@@ -81,7 +85,9 @@ class Trainer:
         *,
         clock: Clock,
         world: World | None = None,
+        cap: float | None = None,
     ) -> None:
+        self._cap = cap
         self.config, self.source, self.folder, self.clock = config, source, folder, clock
         self.world = world or World()
         fit = config.fit
@@ -214,7 +220,7 @@ class Trainer:
         self, found: Features, anchors: Tensor, wanted: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits over the chosen rows, the labels' places among them, and the teacher's logits."""
-        fit, config, device = self.config.fit, self.draft.config, self.world.device
+        fit, size, device = self.config.fit, self.draft.config.block_size, self.world.device
         correction = None
         places = wanted
         head = self.head
@@ -230,8 +236,8 @@ class Trainer:
             with self._precision():
                 logits = self.model(taps, ids, anchors.to(device))
                 if fit.distill and found.last is not None:
-                    seen = teacher_at(found.last.to(device), anchors.to(device), config.block_size)
-                    soft = capped(seen.to(head.dtype) @ head.T, config.final_logit_softcapping)
+                    seen = teacher_at(found.last.to(device), anchors.to(device), size)
+                    soft = capped(seen.to(head.dtype) @ head.T, self._cap)
         finally:
             self.draft._head = self.head
         if correction is not None:
