@@ -242,7 +242,8 @@ def texts(count: int) -> list[Text]:
 def chat_texts(side: Side, count: int) -> list[Text]:
     """``count`` of the packaged prompts, in the target's chat template."""
     chosen = prompts.spread(prompts.load(), count)
-    return [Text(p.id, p.kind, tuple(side.ask(op="chat", text=p.text)["ids"])) for p in chosen]
+    found = side.ask(op="chat", texts=[p.text for p in chosen])["ids"]
+    return [Text(p.id, p.kind, tuple(ids)) for p, ids in zip(chosen, found, strict=True)]
 
 
 def plain_texts(side: Side, wanted: Sequence[Text], max_tokens: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """A back-end with a pair, in an environment of its own: JSON lines in and out.
 
 Requests, by ``op``: ``load`` (a back-end, used from now on; an error where it cannot load the
-pair); ``chat`` (the ids of a message); ``plain`` and ``generate`` (a text
+pair); ``chat`` (the ids of messages); ``plain`` and ``generate`` (a text
 with the framework's own loop and with DFlash; ``keep``: after the text before it, in one
 prompt cache); ``taps`` (the tapped states of a prompt); ``compare`` (such states with those of
 Transformers, by the reference); ``fault`` (generate with one from now on; null: with none).
@@ -163,13 +163,16 @@ class Mlx(Local):
         return taps[0].tolist()
 
 
-def chat(target, text):
+def chat(target, texts):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True)
-    message = [{"role": "user", "content": text}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = []
+    for text in texts:
+        message = [{"role": "user", "content": text}]
+        asked = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        found.append(tokenizer(asked, add_special_tokens=False)["input_ids"])
+    return found
 
 
 def as_published(config):
@@ -210,7 +213,7 @@ def main():
                 error = f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"
             answer({"error": error})
         elif op == "chat":
-            answer({"ids": chat(args.target, given["text"])})
+            answer({"ids": chat(args.target, given["texts"])})
         elif op == "plain":
             answer({"tokens": side.plain(given["ids"], given["max_tokens"])})
         elif op == "generate":

@@ -35,7 +35,7 @@ for line in sys.stdin:
         lost = given["backend"] == "mlx"
         answer = {"error": "ValueError: not this model" if lost else None}
     elif op == "chat":
-        size, answer = 4, {"ids": [len(given["text"])] * 3}
+        size, answer = 4, {"ids": [[len(text)] * 3 for text in given["texts"]]}
     elif op == "plain":
         answer = {"tokens": [ids[-1] + 1 + i for i in range(given["max_tokens"])]}
     elif op == "generate":
